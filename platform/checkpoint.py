@@ -1,0 +1,152 @@
+"""Checkpoints that are whole, verified, and hold no code.
+
+A checkpoint is a folder: `model.safetensors` (weights), `metadata.json` (what they are), `training_state.pt` (optimizer
+and random states, tensors and plain values only) and `MANIFEST.json` with the size and SHA-256 of each. It is written
+beside its final name, synced and renamed, so that a name that exists is complete; and it is verified when read, since
+neither torch nor safetensors notices a flipped bit.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from setwise.platform import storage
+from setwise.platform.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "MANIFEST.json"
+WEIGHTS = "model.safetensors"
+METADATA = "metadata.json"
+TRAINING_STATE = "training_state.pt"
+INFERENCE_FILES = (WEIGHTS, METADATA)
+"""What is needed to use a model; `training_state.pt` is only needed to go on training it."""
+
+
+def save(
+    folder: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any], training_state: Mapping[str, Any] | None
+) -> None:
+    """Publish a checkpoint as `folder`.
+
+    Args:
+        weights: the model's state dict; moved to the CPU.
+        metadata: JSON values: step, configuration, lineage.
+        training_state: nested plain values and tensors that `torch.load(weights_only=True)` accepts, or None for a
+            checkpoint that is for use only.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    with storage.publish_folder(folder) as building:
+        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, building / WEIGHTS)
+        (building / METADATA).write_text(json.dumps(metadata, indent=1, sort_keys=True) + "\n")
+        if training_state is not None:
+            torch.save(dict(training_state), building / TRAINING_STATE)
+        write_manifest(building)
+
+
+def write_manifest(folder: Path) -> None:
+    """Record size and SHA-256 of every file in `folder`."""
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": storage.sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST
+    }
+    (folder / MANIFEST).write_text(json.dumps({"schema": 1, "files": files}, indent=1) + "\n")
+
+
+def copy_for_inference(source: Path, target: Path) -> None:
+    """A verified copy of a checkpoint without its training state."""
+    verify(source)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in INFERENCE_FILES:
+        shutil.copyfile(source / name, target / name)
+    write_manifest(target)
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        DataError: naming the first file that is missing or differs.
+    """
+    try:
+        manifest = storage.read_json(folder / MANIFEST)
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: no readable {MANIFEST}, so this is not a complete checkpoint") from error
+    for name in INFERENCE_FILES:
+        if name not in files:
+            raise DataError(f"{folder}: {MANIFEST} lists no {name}")
+    for name, expected in files.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise DataError(f"{path}: missing from the checkpoint")
+        if path.stat().st_size != expected["size"] or storage.sha256(path) != expected["sha256"]:
+            raise DataError(f"{path}: damaged (its content is not what {MANIFEST} recorded)")
+
+
+def newest(parent: Path) -> Path | None:
+    """The newest checkpoint under `parent` that verifies; names sort by age.
+
+    A damaged one is set aside as `NAME.damaged`, with a warning, and the one before it is taken.
+
+    Raises:
+        DataError: there were checkpoints, and all of them are damaged: going on would silently start from nothing.
+    """
+    folders = sorted((p for p in parent.glob("*") if p.is_dir() and not _set_aside(p)), reverse=True)
+    for folder in folders:
+        try:
+            verify(folder)
+        except DataError as error:
+            aside = folder.with_name(folder.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            log.warning("%s. Set aside as %s; falling back to the checkpoint before it.", error, aside.name)
+            continue
+        return folder
+    if damaged := sorted(p.name for p in parent.glob("*.damaged")):
+        raise DataError(
+            f"{parent}: every checkpoint is damaged ({', '.join(damaged)}). Restore one, or remove the run to start over."
+        )
+    return None
+
+
+def _set_aside(folder: Path) -> bool:
+    return folder.name.startswith(".") or folder.name.endswith(".damaged")
+
+
+def prune(parent: Path, keep: Collection[str]) -> None:
+    """Remove the checkpoints under `parent` whose names are not in `keep`."""
+    for folder in parent.glob("*"):
+        if folder.is_dir() and not _set_aside(folder) and folder.name not in keep:
+            shutil.rmtree(folder)
+
+
+def metadata(folder: Path) -> dict[str, Any]:
+    value = storage.read_json(folder / METADATA)
+    if not isinstance(value, dict):
+        raise DataError(f"{folder / METADATA}: expected an object")
+    return value
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """The state dict, on the CPU. Verify first: safetensors reads flipped bits without a word."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / WEIGHTS)
+
+
+def training_state(folder: Path) -> dict[str, Any]:
+    import torch
+
+    state: dict[str, Any] = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
+    return state

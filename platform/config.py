@@ -1,0 +1,301 @@
+"""Reading YAML into frozen pydantic settings, with the place of every mistake.
+
+One dotted path names a setting everywhere: in a file, in an override `a.b=v`, in a search space, in a tracked
+parameter and in an error message. Later layers win: defaults < `extends:` < file < preset < overrides. All mistakes
+are collected and shown together, each with file, line, column and the nearest name that exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from setwise.platform.errors import ConfigError
+
+MAX_BYTES = 1_000_000
+MAX_NODES = 20_000  # a few lines of nested aliases can expand to billions of nodes
+
+
+class Settings(BaseModel):
+    """Base of every settings class: immutable, and a name it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+S = TypeVar("S", bound=BaseModel)
+Keys = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was written: a position in a file, or an override on the command line."""
+
+    source: str
+    line: int | None = None
+    column: int | None = None
+
+    def __str__(self) -> str:
+        return self.source if self.line is None else f"{self.source}:{self.line}:{self.column}"
+
+
+@dataclass
+class Layer:
+    """Values from one source as plain dicts and lists, and the place of each key."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[Keys, Place] = field(default_factory=dict)
+
+    def merge(self, later: Layer) -> Layer:
+        """This layer with `later` laid over it: mappings are merged key by key, everything else is replaced."""
+        merged = Layer(_merged(self.values, later.values), dict(self.places))
+        merged.places.update(later.places)
+        return merged
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def read_yaml(path: Path) -> Layer:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, too large, not UTF-8, not YAML, repeats a key, or is not a mapping.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{path}: {len(data):,} bytes; a configuration file may have {MAX_BYTES:,}")
+    return parse_yaml(data, str(path))
+
+
+def parse_yaml(data: bytes, source: str) -> Layer:
+    """As `read_yaml`, from bytes; `source` is the name that errors give."""
+    try:
+        node = YAML(typ="rt").load(io.StringIO(data.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: not UTF-8 (byte {error.start})") from error
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = Place(source, mark.line + 1, mark.column + 1) if mark else Place(source)
+        problem = (error.problem or "").split("\n")[0]
+        raise ConfigError(f"{where}: not valid YAML: {problem}") from error
+    except (YAMLError, ValueError) as error:
+        raise ConfigError(f"{source}: not valid YAML: {error}") from error
+    if node is None:
+        return Layer()
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{source}: expected a mapping of settings, found {type(node).__name__}")
+    layer = Layer()
+    layer.values = _plain(node, source, (), layer.places, [MAX_NODES])
+    return layer
+
+
+def _plain(node: Any, source: str, keys: Keys, places: dict[Keys, Place], budget: list[int]) -> Any:
+    """Plain Python values of a parsed node; the place of each key goes into `places`."""
+    budget[0] -= 1
+    if budget[0] < 0:
+        raise ConfigError(f"{source}: more than {MAX_NODES:,} values; are its aliases nested?")
+    if isinstance(node, Mapping):
+        result = {}
+        for key, value in node.items():
+            path = (*keys, str(key))
+            line, column = node.lc.key(key)  # type: ignore[attr-defined]  # ruamel's CommentedMap
+            places[path] = Place(source, line + 1, column + 1)
+            result[str(key)] = _plain(value, source, path, places, budget)
+        return result
+    if isinstance(node, list):
+        items = []
+        for index, value in enumerate(node):
+            line, column = node.lc.item(index)  # type: ignore[attr-defined]  # ruamel's CommentedSeq
+            places[*keys, index] = Place(source, line + 1, column + 1)
+            items.append(_plain(value, source, (*keys, index), places, budget))
+        return items
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    if node is None:
+        return None
+    raise ConfigError(f"{source}: {'.'.join(map(str, keys))}: {node!r} is not a plain value")
+
+
+def parse_override(text: str) -> Layer:
+    """One `a.b=value` of the command line; the value is read as YAML, so `[1, 2]`, `true` and `1e-3` work."""
+    name, equals, value = text.partition("=")
+    keys = tuple(name.strip().split("."))
+    if not equals or not all(keys):
+        raise ConfigError(f"'{text}': an override is written section.setting=value")
+    source = f"override '{text}'"
+    parsed = parse_yaml(b"value: " + value.encode(), source).values.get("value")
+    layer = Layer()
+    inner = layer.values
+    for depth, key in enumerate(keys[:-1], start=1):
+        inner = inner.setdefault(key, {})
+        layer.places[keys[:depth]] = Place(source)
+    inner[keys[-1]] = _number(parsed)
+    layer.places[keys] = Place(source)
+    return layer
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.2 reads `1e-3` as a float only with a dot in it; people write it without."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def load_layers(path: Path, find: Callable[[str], Path] | None = None) -> Layer:
+    """A file laid over everything that it `extends:` (names are resolved by `find`, then beside the file)."""
+    chain: list[Path] = []
+    layers: list[Layer] = []
+    while True:
+        if path.resolve() in chain:
+            raise ConfigError(f"{path}: extends itself, by way of {' -> '.join(p.name for p in chain)}")
+        chain.append(path.resolve())
+        layer = read_yaml(path)
+        layers.append(layer)
+        parent = layer.values.pop("extends", None)
+        place = layer.places.pop(("extends",), None)
+        if parent is None:
+            break
+        beside = path.parent / str(parent)
+        try:
+            path = beside if beside.is_file() or find is None else find(str(parent))
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from error
+    result = Layer()
+    for layer in reversed(layers):
+        result = result.merge(layer)
+    return result
+
+
+def build(model: type[S], layer: Layer, overrides: Sequence[str] = ()) -> S:
+    """The settings that `layer` and then `overrides` describe.
+
+    Raises:
+        ConfigError: with every mistake found, one paragraph each.
+    """
+    problems: list[str] = []
+    for text in overrides:
+        try:
+            layer = layer.merge(parse_override(text))
+        except ConfigError as error:
+            problems.append(str(error))
+    try:
+        settings = model.model_validate(layer.values)
+    except ValidationError as error:
+        problems += [_explain(model, layer, dict(item)) for item in error.errors()]
+    if problems:
+        count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+        raise ConfigError("\n".join([*problems, f"{count}; nothing was started."]))
+    return settings
+
+
+def _explain(model: type[BaseModel], layer: Layer, item: dict[str, Any]) -> str:
+    """One mistake as a line: place, dotted name, what is wrong, what is allowed."""
+    keys = _data_keys(item["loc"], layer.values)
+    name = ".".join(map(str, keys))
+    place = place_of(layer, keys)
+    if item["type"] == "extra_forbidden":
+        nearest = nearest_name(name, dotted_names(model))
+        hint = f" Did you mean '{nearest}'?" if nearest else ""
+        return f"{place}: '{name}' is not a setting.{hint}"
+    if item["type"] == "missing":
+        return f"{place}: '{name}' is required."
+    message = item["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(item["input"], dict | BaseModel) else f", not {item['input']!r}"
+    return f"{place}: {name + ': ' if name else ''}{message[:1].lower() + message[1:]}{got}."
+
+
+def _data_keys(location: Sequence[str | int], values: Any) -> Keys:
+    """pydantic's location without the union tags in it, which are no keys of the data."""
+    keys: list[str | int] = []
+    for index, key in enumerate(location):
+        last = index == len(location) - 1
+        if isinstance(values, dict) and key in values:
+            values = values[str(key)]
+        elif isinstance(values, list) and isinstance(key, int) and key < len(values):
+            values = values[key]
+        elif not last:
+            continue
+        keys.append(key)
+    return tuple(keys)
+
+
+def place_of(layer: Layer, keys: Keys) -> Place:
+    """The place of a key or, where it was not written, of the section around it."""
+    for length in range(len(keys), 0, -1):
+        if keys[:length] in layer.places:
+            return layer.places[keys[:length]]
+    sources = {place.source for place in layer.places.values()}
+    return Place(sources.pop() if len(sources) == 1 else "configuration")
+
+
+def dotted_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every setting of a model and of the models inside it, sections included."""
+    for key, info in model.model_fields.items():
+        yield prefix + key
+        for inner in _models_in(info.annotation):
+            yield from dotted_names(inner, f"{prefix}{key}.")
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)
+
+
+def nearest_name(name: str, known: Iterator[str] | Sequence[str]) -> str | None:
+    """The known dotted name most like `name`: a setting in the wrong section counts as near, as does a typo."""
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, name, candidate).ratio()
+        last = difflib.SequenceMatcher(None, name.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+        return 0.3 * whole + 0.7 * last
+
+    best = max(known, key=likeness, default=None)
+    return best if best is not None and likeness(best) > 0.6 else None
+
+
+def flatten(settings: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings as {dotted name: plain value}, the form that parameters are tracked in."""
+    values = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def to_yaml(settings: BaseModel) -> str:
+    """Settings, complete with defaults, as YAML that `load_layers` reads back to the same settings."""
+    stream = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.dump(settings.model_dump(mode="json"), stream)
+    return stream.getvalue()

@@ -1,0 +1,45 @@
+"""The errors a user can meet, each with the exit code that scripts may rely on.
+
+A message says what was wrong, where, what is allowed and what to do. Whoever raises one of these has looked at the
+user's situation; every other exception is a defect of ours and keeps its traceback.
+"""
+
+
+class SetwiseError(Exception):
+    """Failed while running."""
+
+    exit_code = 1
+
+
+class ConfigError(SetwiseError):
+    """The command line or a configuration is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class GateError(SetwiseError):
+    """A promotion gate was not met; nothing was changed."""
+
+    exit_code = 3
+
+
+class TrialsFailedError(SetwiseError):
+    """A sweep went to its end, but some of its trials failed."""
+
+    exit_code = 4
+
+
+class DataError(SetwiseError):
+    """Data, or a checkpoint, is missing or damaged."""
+
+    exit_code = 5
+
+
+class UnreachableError(SetwiseError):
+    """The cluster or the tracking server cannot be reached."""
+
+    exit_code = 6
+
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells count it: 128 + SIGINT."""

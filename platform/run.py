@@ -1,0 +1,154 @@
+"""A run: one training, as a folder that records all of it.
+
+    NAME/
+      config.yaml        the resolved configuration
+      environment.json   versions, machine, commit
+      code.diff          what differed from that commit
+      events.jsonl       parameters, metrics and tags in order, with their times: the outbox that tracking delivers
+      checkpoints/       epoch_0007/ ..., and best.json, which names the best of them
+      evaluation/        one JSON file a benchmark
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform  # the standard library's: this folder has no __init__.py, so it cannot be shadowed
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from setwise.platform import checkpoint, storage
+from setwise.platform.errors import ConfigError, DataError
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
+MAX_DIFF_BYTES = 1_000_000
+RECORDED_PACKAGES = ("setwise", "ray", "torch", "torchvision", "mlflow", "optuna", "numpy", "pyarrow", "pillow")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of one training and the names inside it."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def events(self) -> Path:
+        return self.folder / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / "evaluation"
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+    def best_checkpoint(self) -> Path:
+        """The verified checkpoint with the best validation value.
+
+        Raises:
+            DataError: the run has none, or it is damaged.
+        """
+        try:
+            folder = self.checkpoints / str(storage.read_json(self.folder / "best.json")["checkpoint"])
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{self.folder}: this run has no checkpoint yet") from error
+        checkpoint.verify(folder)
+        return folder
+
+
+def check_name(name: str) -> str:
+    """A name that is safe as a folder: lower-case letters, digits, dot, dash and underscore."""
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"'{name}' cannot name a run: use lower-case letters, digits, '.', '_' and '-', 80 at most")
+    return name
+
+
+def create(parent: Path, name: str, config_yaml: str) -> Run:
+    """The run called `name`: made if new, reopened if it has this configuration.
+
+    Raises:
+        ConfigError: the name is taken by a run with another configuration.
+    """
+    run = Run(parent / check_name(name))
+    if run.config.is_file():
+        if run.config.read_text() != config_yaml:
+            raise ConfigError(
+                f"run '{name}' exists with another configuration ({run.config}). "
+                f"Choose another name, or compare them: setwise config diff {run.config} ..."
+            )
+        return run
+    run.folder.mkdir(parents=True, exist_ok=True)
+    storage.write_json(run.folder / "environment.json", environment())
+    commit, difference = code_state(Path(__file__).parent)
+    if difference:
+        storage.write_bytes(run.folder / "code.diff", difference)
+    storage.write_json(run.folder / "code.json", commit)
+    storage.write_bytes(run.config, config_yaml.encode())  # last: its presence means that the folder is complete
+    return run
+
+
+def environment() -> dict[str, Any]:
+    """What this process runs on."""
+    packages = {}
+    for name in RECORDED_PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = None
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": platform.machine(),
+        "cpus": os.cpu_count(),
+        "packages": packages,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def code_state(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """Commit of the checkout around `folder`, and the difference to it, capped; empty where there is no git."""
+
+    def git(*arguments: str) -> bytes | None:
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return {"commit": None, "dirty": None}, b""
+    difference = git("diff", "HEAD", "--no-color", "--no-ext-diff") or b""
+    state = {"commit": commit.decode().strip(), "dirty": bool(difference), "diff_bytes": len(difference)}
+    return state, difference[:MAX_DIFF_BYTES]
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a run in order; a last line that a crash cut short is left out."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    events = []
+    for line in data.split(b"\n"):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            events.append(event)
+    return events
