@@ -26,7 +26,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "yellow": (255, 232, 40),
     "green": (34, 176, 60),
     "blue": (52, 110, 255),
-    "purple": (158, 62, 226),
+    "purple": (170, 74, 238),
     "pink": (255, 158, 204),
     "white": (250, 250, 250),
 }
@@ -40,7 +40,7 @@ BAND_MARGIN = 0.03
 APART_LIMIT = 0.18
 APART_MARGIN = 0.04
 
-_DARK_GROUNDS = ((16, 16, 18), (50, 52, 58), (18, 26, 62), (16, 50, 44), (66, 44, 30), (88, 92, 100))
+_DARK_GROUNDS = ((16, 16, 18), (50, 52, 58), (18, 26, 62), (16, 50, 44), (66, 44, 30), (74, 78, 86))
 _LIGHT_GROUNDS = ((206, 208, 212), (242, 234, 212), (250, 250, 250))
 _DEEP_COLOURS = frozenset({"red", "orange", "green", "blue", "purple"})  # these are told from a light ground too
 

@@ -1,8 +1,9 @@
 """A run: one training, as a folder that records all of it.
 
     NAME/
+      run.json           experiment, parent, commit
       config.yaml        the resolved configuration
-      environment.json   versions, machine, commit
+      environment.json   versions and machine
       code.diff          what differed from that commit
       events.jsonl       parameters, metrics and tags in order, with their times: the outbox that tracking delivers
       checkpoints/       epoch_0007/ ..., and best.json, which names the best of them
@@ -56,6 +57,17 @@ class Run:
     def config(self) -> Path:
         return self.folder / "config.yaml"
 
+    @property
+    def experiment(self) -> str:
+        """The MLflow experiment that the run belongs to."""
+        return str(storage.read_json(self.folder / "run.json")["experiment"])
+
+    @property
+    def parent(self) -> Run | None:
+        """The run that this one is a part of, as a trial is of a sweep."""
+        name = storage.read_json(self.folder / "run.json")["parent"]
+        return Run(self.folder.parent / name) if name else None
+
     def best_checkpoint(self) -> Path:
         """The verified checkpoint with the best validation value.
 
@@ -77,13 +89,13 @@ def check_name(name: str) -> str:
     return name
 
 
-def create(parent: Path, name: str, config_yaml: str) -> Run:
-    """The run called `name`: made if new, reopened if it has this configuration.
+def create(folder: Path, name: str, config_yaml: str, experiment: str, parent: Run | None = None) -> Run:
+    """The run called `name` in `folder`: made if new, reopened if it has this configuration.
 
     Raises:
         ConfigError: the name is taken by a run with another configuration.
     """
-    run = Run(parent / check_name(name))
+    run = Run(folder / check_name(name))
     if run.config.is_file():
         if run.config.read_text() != config_yaml:
             raise ConfigError(
@@ -96,7 +108,8 @@ def create(parent: Path, name: str, config_yaml: str) -> Run:
     commit, difference = code_state(Path(__file__).parent)
     if difference:
         storage.write_bytes(run.folder / "code.diff", difference)
-    storage.write_json(run.folder / "code.json", commit)
+    identity = {"experiment": experiment, "parent": parent.name if parent else None, **commit}
+    storage.write_json(run.folder / "run.json", identity)
     storage.write_bytes(run.config, config_yaml.encode())  # last: its presence means that the folder is complete
     return run
 

@@ -14,7 +14,6 @@ import os
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,13 +34,15 @@ BATCH = 1000  # MLflow's limit for metrics in one call
 class Outbox:
     """The events of one run, appended line by line. One writer at a time.
 
-    A metric step is written once: what a restart computes again is already there and is left as it was.
+    A step of a series of metrics is written once: what a restart computes again is there already, and stays.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._steps = {event["step"] for event in runs.read_events(path) if event["kind"] == "metrics"}
+        self._steps = {
+            (event["series"], event["step"]) for event in runs.read_events(path) if event["kind"] == "metrics"
+        }
         if path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             self._write(b"\n")  # a crash cut the last line short: end it, so that the next one is read
 
@@ -53,30 +54,21 @@ class Outbox:
         finally:
             os.close(descriptor)
 
-    def append(self, kind: str, **content: Any) -> None:
-        event = {"kind": kind, "time": int(time.time() * 1000), **content}
-        self._write(json.dumps(event).encode() + b"\n")
+    def append(self, *events: Mapping[str, Any]) -> None:
+        """Write events, each with its `kind` and content, in one piece: all of them or none survive a crash."""
+        now = {"time": int(time.time() * 1000)}
+        self._write(b"".join(json.dumps({**event, **now}).encode() + b"\n" for event in events))
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """The metrics of one step; a value that is not finite is kept as a tag, since MLflow would turn it into one."""
-        if step in self._steps:
+    def metrics(self, step: int, values: Mapping[str, float], series: str = "train") -> None:
+        """The metrics of one step; a value that is not finite is named in a tag, since MLflow would store a number."""
+        if (series, step) in self._steps:
             return
-        self._steps.add(step)
+        self._steps.add((series, step))
         finite = {key: float(value) for key, value in values.items() if math.isfinite(value)}
-        self.append("metrics", step=step, values=finite)
+        events: list[Mapping[str, Any]] = [{"kind": "metrics", "series": series, "step": step, "values": finite}]
         if broken := sorted(set(values) - set(finite)):
-            self.append("tags", values={f"not_finite.step_{step}": ", ".join(broken)})
-
-    def tags(self, **values: str) -> None:
-        self.append("tags", values=values)
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a run appears in MLflow."""
-
-    experiment: str
-    parent: runs.Run | None = None
+            events.append({"kind": "tags", "values": {f"not_finite.step_{step}": ", ".join(broken)}})
+        self.append(*events)
 
 
 class Tracker:
@@ -132,18 +124,18 @@ class Tracker:
                     raise
         return str(found.experiment_id)
 
-    def run_id(self, run: runs.Run, address: Address) -> str:
-        """MLflow's id of a run, which is created if it is not there yet."""
+    def run_id(self, run: runs.Run) -> str:
+        """MLflow's id of a run, which is created, after its parent, if it is not there yet."""
         state = self._delivered(run)
         if state:
             return str(state["run_id"])
-        experiment = self.experiment_id(address.experiment)
+        experiment = self.experiment_id(run.experiment)
         found = self.client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run.name}'", max_results=1)
         if found:
             return str(found[0].info.run_id)
         tags = {RUN_TAG: run.name, "mlflow.runName": run.name}
-        if address.parent is not None:
-            tags["mlflow.parentRunId"] = self.run_id(address.parent, Address(address.experiment))
+        if run.parent is not None:
+            tags["mlflow.parentRunId"] = self.run_id(run.parent)
         return str(self.client.create_run(experiment, tags=tags).info.run_id)
 
     def _delivered(self, run: runs.Run) -> dict[str, Any]:
@@ -155,14 +147,14 @@ class Tracker:
                 return state
         return {}
 
-    def deliver(self, run: runs.Run, address: Address) -> None:
+    def deliver(self, run: runs.Run) -> None:
         """Bring MLflow up to date with the run's events."""
         state = self._delivered(run)
         done = int(state.get("events", 0))
         events = runs.read_events(run.events)
         if state and done == len(events):
             return
-        run_id = self.run_id(run, address)
+        run_id = self.run_id(run)
         from mlflow.entities import Metric
 
         metrics = [
@@ -211,15 +203,15 @@ class Courier:
     def __init__(self, tracker: Tracker, interval: float = 2.0) -> None:
         self.tracker = tracker
         self.interval = interval
-        self._runs: dict[Path, tuple[runs.Run, Address]] = {}
+        self._runs: dict[Path, runs.Run] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="courier", daemon=True)
         self._thread.start()
 
-    def add(self, run: runs.Run, address: Address) -> None:
+    def add(self, run: runs.Run) -> None:
         with self._lock:
-            self._runs[run.folder] = (run, address)
+            self._runs[run.folder] = run
 
     def _work(self) -> None:
         while not self._closing.wait(self.interval):
@@ -228,9 +220,9 @@ class Courier:
     def _round(self) -> bool:
         with self._lock:
             pending = list(self._runs.values())
-        for run, address in pending:
+        for run in pending:
             try:
-                self.tracker.deliver(run, address)
+                self.tracker.deliver(run)
             except Exception as error:  # noqa: BLE001  whatever the store does, training goes on
                 log.debug("delivery of %s postponed: %s", run.name, error)
                 return False

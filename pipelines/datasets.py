@@ -1,0 +1,107 @@
+"""Reading image-caption data sets from their published files into rows.
+
+A row is one image with its captions. The readers check what they are given and name the file and entry of every
+mistake; they decode no image.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from setwise.platform import config
+from setwise.platform.errors import DataError
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Caption:
+    caption_id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image and the captions that were written for it."""
+
+    image_id: int
+    split: str
+    path: Path
+    captions: tuple[Caption, ...]
+
+
+def read_karpathy(file: Path, images: Path) -> list[Row]:
+    """Rows of a Karpathy-split JSON file: `dataset_coco.json` and its kin.
+
+    Args:
+        file: {"dataset", "images": [{"filename", "filepath"?, "split", "imgid", "cocoid"?, "sentences": [...]}]}.
+            The split `restval` is read as `train`, as everybody does. Ids are COCO's where the file has them.
+        images: folder that `filepath/filename` is relative to.
+
+    Raises:
+        DataError: the file is missing, is not of this form, or repeats an id.
+    """
+    try:
+        entries = json.loads(file.read_bytes())["images"]
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}). Is the data set in this folder?") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: not a Karpathy-split file: expected an object with a list 'images'") from error
+    rows: list[Row] = []
+    seen_images: dict[int, int] = {}
+    seen_captions: dict[int, int] = {}
+    for index, entry in enumerate(entries):
+        try:
+            split = "train" if entry["split"] == "restval" else str(entry["split"])
+            image_id = int(entry.get("cocoid", entry["imgid"]))
+            path = images / entry.get("filepath", "") / entry["filename"]
+            captions = tuple(Caption(int(s["sentid"]), s["raw"]) for s in entry["sentences"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{file}: images[{index}] is not complete: {error!r}") from error
+        if split not in SPLITS:
+            raise DataError(f"{file}: images[{index}] has split '{split}'; known are {', '.join(SPLITS)} and restval")
+        if not path.resolve().is_relative_to(images.resolve()):
+            raise DataError(f"{file}: images[{index}] names '{path}', which is outside {images}")
+        if (first := seen_images.setdefault(image_id, index)) != index:
+            raise DataError(f"{file}: images[{first}] and images[{index}] have the same id {image_id}")
+        for caption in captions:
+            if (first := seen_captions.setdefault(caption.caption_id, index)) != index:
+                raise DataError(f"{file}: caption id {caption.caption_id} is in images[{first}] and in images[{index}]")
+        rows.append(Row(image_id, split, path, captions))
+    if not rows:
+        raise DataError(f"{file}: lists no image")
+    return rows
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set on disk: its rows, and the files from which its identity is computed."""
+
+    name: str
+    annotations: Path
+    images: Path
+    extended_positives: Path | None
+
+    def rows(self) -> list[Row]:
+        return read_karpathy(self.annotations, self.images)
+
+
+def known() -> tuple[str, ...]:
+    """Data sets that can be prepared by name."""
+    return ("digits",)
+
+
+def open_source(name: str, folder: Path) -> Source:
+    """The files of data set `name` in `folder`.
+
+    Raises:
+        DataError: no data set has that name.
+    """
+    if name not in known():
+        nearest = config.nearest_name(name, known())
+        hint = f" Did you mean '{nearest}'?" if nearest else ""
+        raise DataError(f"no data set is called '{name}'.{hint} There are: {', '.join(known())}.")
+    extended = folder / "extended_positives"
+    return Source(name, folder / f"dataset_{name}.json", folder / "images", extended if extended.is_dir() else None)

@@ -1,0 +1,74 @@
+"""What a training leaves in its record, beside its metrics: at its beginning and at its end.
+
+The record is the run's outbox; it reaches MLflow from there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from setwise.pipelines.prepare import Prepared
+from setwise.pipelines.recipe import Recipe
+from setwise.platform import checkpoint, config, run, storage
+from setwise.platform.errors import DataError
+from setwise.platform.run import Run
+from setwise.platform.tracking import Outbox
+
+
+def begin(outbox: Outbox, training: Run, recipe: Recipe, prepared: Prepared) -> None:
+    """Parameters, data, configuration, environment, commit and diff; once in the life of a run."""
+    if run.read_events(outbox.path):
+        return
+    identity = storage.read_json(training.folder / "run.json")
+    flat = config.flatten(recipe)
+    tags = {
+        "setwise.recipe": recipe_name(recipe),
+        "setwise.data": prepared.fingerprint,
+        "mlflow.source.git.commit": str(identity["commit"]),
+        "setwise.code_changed": str(identity["dirty"]),
+    }
+    files = ("config.yaml", "environment.json", "run.json", "code.diff")
+    outbox.append(
+        {"kind": "params", "values": {name: str(value) for name, value in flat.items()}},
+        {"kind": "tags", "values": tags},
+        {"kind": "dataset", "name": recipe.data.name, "digest": prepared.fingerprint, "source": str(prepared.folder)},
+        *({"kind": "artifact", "path": file, "into": ""} for file in files if (training.folder / file).is_file()),
+    )
+
+
+def end(training: Run, status: str, reason: str | None = None) -> None:
+    """The best checkpoint and how it ended: MLflow's FINISHED or FAILED, or PRUNED for a trial that was stopped early.
+
+    Said once; a second end of the same run is ignored.
+    """
+    if ended(training):
+        return
+    events: list[dict[str, Any]] = []
+    try:
+        best = training.best_checkpoint()
+    except DataError:
+        pass  # it ended before its first epoch did
+    else:
+        files = training.folder / "best" / best.name
+        checkpoint.copy_for_inference(best, files)
+        path = str(files.relative_to(training.folder))
+        events.append({"kind": "artifact", "path": path, "into": f"checkpoints/{best.name}"})
+    tags = {"setwise.status": status} | ({"setwise.reason": reason[:4000]} if reason else {})
+    events.append({"kind": "tags", "values": tags})
+    events.append({"kind": "status", "value": "FAILED" if status == "FAILED" else "FINISHED"})
+    Outbox(training.events).append(*events)
+
+
+def ended(training: Run) -> bool:
+    return any(event["kind"] == "status" for event in run.read_events(training.events))
+
+
+def reason(training: Run) -> str:
+    """Why a run failed, as `end` was told."""
+    tags = [event["values"] for event in run.read_events(training.events) if event["kind"] == "tags"]
+    return next((values["setwise.reason"] for values in reversed(tags) if "setwise.reason" in values), "unknown")
+
+
+def recipe_name(recipe: Recipe) -> str:
+    """data_imageEncoder_textEncoder, the way recipes are named."""
+    return f"{recipe.data.name}_{recipe.model.image_encoder.kind}_{recipe.model.text_encoder.kind}"

@@ -1,0 +1,128 @@
+"""A model with everything needed to use it: recipe, vocabulary, weights.
+
+A checkpoint holds all of it, so whatever comes after training takes a checkpoint and never the training's settings
+again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from setwise.models.retriever import SetRetriever
+from setwise.models.similarity import Similarity
+from setwise.pipelines import batches
+from setwise.pipelines.batches import Batch, Split
+from setwise.pipelines.recipe import Recipe
+from setwise.pipelines.vocabulary import Vocabulary
+from setwise.platform import checkpoint, storage
+from setwise.platform.errors import DataError
+
+
+class Retrieval(nn.Module):
+    """What is trained, saved and evaluated as one: the two encoders and the similarity between their sets."""
+
+    def __init__(self, recipe: Recipe, vocabulary_size: int) -> None:
+        super().__init__()
+        self.retriever = SetRetriever(recipe.model, vocabulary_size)
+        self.similarity = Similarity(recipe.similarity)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The sets of a split, on the CPU. Captions are in the order of their images.
+
+    image_sets (I,K,D) and text_sets (T,J,D) are float32 unit vectors; owners (T,) is the index of each caption's image.
+    """
+
+    image_sets: Tensor
+    text_sets: Tensor
+    image_ids: Tensor
+    caption_ids: Tensor
+    owners: Tensor
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A checkpoint made usable."""
+
+    retrieval: Retrieval
+    recipe: Recipe
+    vocabulary: Vocabulary
+    metadata: dict[str, Any]
+    device: torch.device
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that stand for these weights."""
+        return str(self.metadata["weights_sha256"])[:16]
+
+    @torch.inference_mode()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """(B,3,H,W) uint8 to sets (B,K,D) on the CPU."""
+        sets: Tensor = self.retrieval.retriever.encode_images(images.to(self.device)).sets
+        return sets.float().cpu()
+
+    @torch.inference_mode()
+    def encode_captions(self, captions: list[str]) -> Tensor:
+        """Texts to sets (T,K,D) on the CPU."""
+        tokens, lengths = batches.pad([self.vocabulary.encode(text) for text in captions])
+        sets: Tensor = self.retrieval.retriever.encode_texts(tokens.to(self.device), lengths).sets
+        return sets.float().cpu()
+
+    @torch.inference_mode()
+    def scores(self, image_sets: Tensor, text_sets: Tensor, block: int = 256) -> Tensor:
+        """(I,K,D) against (T,J,D) to (I,T) on the CPU, computed on the device for `block` images at a time."""
+        texts = text_sets.to(self.device)
+        rows = [self.retrieval.similarity(part.to(self.device), texts).cpu() for part in image_sets.split(block)]
+        return torch.cat(rows)
+
+
+def default_device() -> torch.device:
+    """The first GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(folder: Path, device: torch.device | None = None) -> TrainedModel:
+    """The model of a checkpoint, verified, in evaluation mode.
+
+    Raises:
+        DataError: the checkpoint is damaged or of another kind.
+    """
+    checkpoint.verify(folder)
+    metadata = checkpoint.metadata(folder)
+    try:
+        recipe = Recipe.model_validate(metadata["recipe"])
+        vocabulary = Vocabulary(tuple(metadata["vocabulary"]))
+    except (KeyError, ValueError) as error:
+        raise DataError(f"{folder}: not a checkpoint of a retrieval model ({error})") from error
+    device = device or default_device()
+    retrieval = Retrieval(recipe, len(vocabulary))
+    retrieval.load_state_dict(checkpoint.weights(folder))
+    retrieval.to(device).eval()
+    weights = storage.read_json(folder / checkpoint.MANIFEST)["files"][checkpoint.WEIGHTS]["sha256"]
+    return TrainedModel(retrieval, recipe, vocabulary, metadata | {"weights_sha256": weights}, device)
+
+
+@torch.inference_mode()
+def embed(retriever: SetRetriever, split: Split, batch_size: int, device: torch.device) -> Embeddings:
+    """Encode each image and each caption of a split once, in evaluation mode."""
+    was_training = retriever.training
+    retriever.eval()
+    images, texts = [], []
+    for batch in batches.in_order(split, batch_size):
+        on_device: Batch = batch.to(device)
+        images.append(retriever.encode_images(on_device.images).sets.float().cpu())
+        texts.append(retriever.encode_texts(on_device.tokens, on_device.lengths).sets.float().cpu())
+    retriever.train(was_training)
+    return Embeddings(
+        image_sets=torch.cat(images),
+        text_sets=torch.cat(texts),
+        image_ids=torch.from_numpy(split.image_ids.copy()),
+        caption_ids=torch.from_numpy(split.caption_ids.copy()),
+        owners=torch.from_numpy(split.owners.copy()),
+    )

@@ -1,0 +1,131 @@
+"""What a sweep shows: a live table of its trials, and at its end which were best and what mattered."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import optuna
+
+MIN_TRIALS_FOR_IMPORTANCE = 4
+
+
+@dataclass
+class TrialRow:
+    """One trial as the table shows it."""
+
+    number: int
+    values: Mapping[str, Any]
+    state: str = "waiting"
+    epoch: int = 0
+    best: float | None = None
+
+
+@dataclass
+class TrialTable:
+    """The trials of a sweep, redrawn in place in a terminal; elsewhere one line an event.
+
+    Use it as a context manager around the sweep.
+    """
+
+    name: str
+    trials: int
+    epochs: int
+    console: Console = field(default_factory=lambda: Console(file=sys.stderr))
+    rows: dict[int, TrialRow] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._started = time.monotonic()
+        self._live = Live(get_renderable=self.render, console=self.console, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> TrialTable:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+            self.console.print(self.render())
+
+    def update(self, number: int, values: Mapping[str, Any], state: str, epoch: int, value: float | None) -> None:
+        """A trial has done something: started, ended an epoch, or ended."""
+        row = self.rows.setdefault(number, TrialRow(number, values))
+        row.state = state
+        row.epoch = max(row.epoch, epoch)
+        if value is not None:
+            row.best = value if row.best is None else max(row.best, value)
+        if not self.console.is_terminal:
+            seconds = time.monotonic() - self._started
+            shown = "" if row.best is None else f"  best RSUM {row.best:.1f}"
+            settings = "  ".join(f"{short(name)}={plain(value)}" for name, value in row.values.items())
+            self.console.print(
+                f"{seconds:6.0f} s  trial {number:>3} {state:<8} epoch {row.epoch}/{self.epochs}{shown}  {settings}",
+                soft_wrap=True,
+                highlight=False,
+            )
+
+    def render(self) -> Table:
+        rows = sorted(self.rows.values(), key=lambda row: row.number)
+        done = sum(row.state in ("complete", "pruned", "failed") for row in rows)
+        seconds = int(time.monotonic() - self._started)
+        names = list(rows[0].values) if rows else []
+        title = f"{self.name}: {done} of {self.trials} trials, {seconds // 60}:{seconds % 60:02d}"
+        table = Table(title=title, title_justify="left")
+        table.add_column("trial", justify="right")
+        table.add_column("state")
+        table.add_column("epoch", justify="right")
+        table.add_column("best RSUM", justify="right")
+        for name in names:
+            table.add_column(short(name), justify="right")
+        leader = max((row.best for row in rows if row.best is not None), default=None)
+        for row in rows:
+            best = "" if row.best is None else f"{row.best:.1f}" + (" *" if row.best == leader else "")
+            cells = [plain(row.values[name]) for name in names]
+            table.add_row(str(row.number), row.state, f"{row.epoch}/{self.epochs}", best, *cells)
+        return table
+
+
+def short(name: str) -> str:
+    """The last part of a dotted name."""
+    return name.rpartition(".")[2]
+
+
+def plain(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What mattered: PED-ANOVA's share of each setting, over so many trials; empty with a reason if not computed."""
+
+    shares: dict[str, float]
+    trials: int
+    reason: str = ""
+
+    def sentence(self) -> str:
+        if not self.shares:
+            return f"What mattered cannot be said: {self.reason}."
+        listed = ", ".join(f"{short(name)} {share:.0%}" for name, share in self.shares.items())
+        return f"What mattered (PED-ANOVA over {self.trials} trials; few trials make it rough): {listed}."
+
+
+def importance(study: optuna.Study) -> Importance:
+    """Importance of each setting for the best validation RSUM, over the trials that were not pruned."""
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+    from optuna.trial import TrialState
+
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(trials) < MIN_TRIALS_FOR_IMPORTANCE:
+        return Importance({}, len(trials), f"it takes {MIN_TRIALS_FOR_IMPORTANCE} complete trials, there are {len(trials)}")
+    if len({trial.value for trial in trials}) == 1:
+        return Importance({}, len(trials), "all trials ended with the same value")
+    return Importance(dict(get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())), len(trials))

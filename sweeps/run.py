@@ -1,0 +1,264 @@
+"""Running a study: Ray Tune works off the Optuna study, trial by trial, and may be killed at any moment.
+
+Each start makes a fresh Tuner; what is done, running or still to do is read from the study (study.py). A trial with one
+worker trains in its own process, which is reused for the next trial; one with several starts Ray Train inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from setwise.pipelines import prepare, records
+from setwise.pipelines.recipe import Recipe
+from setwise.platform import cluster, config, run, storage
+from setwise.platform.errors import ConfigError
+from setwise.platform.run import Run
+from setwise.platform.tracking import Courier, Outbox, Tracker
+from setwise.sweeps.report import Importance, TrialTable, importance
+from setwise.sweeps.space import Study, default_values, with_values
+
+if TYPE_CHECKING:
+    import optuna
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a sweep ended."""
+
+    name: str
+    complete: int
+    pruned: int
+    failed: dict[int, str]
+    best: Run | None
+    importance: Importance
+
+
+def run_study(spec: Study, base: Recipe, name: str, store: Path, tracker: Tracker, say: Say) -> Outcome:
+    """Run `spec` until it has its number of trials; what an earlier start left is taken up where it stopped.
+
+    Needs a connection to Ray.
+
+    Raises:
+        ConfigError: a study of this name exists and is another one.
+        DataError: the data is not prepared.
+        LeaseHeldError: another process runs this study.
+    """
+    from setwise.sweeps import study as studies
+
+    folder = store / "studies" / run.check_name(name)
+    prepared = prepare.open_prepared(base.data.name, store)
+    with storage.lease(folder / "lease", f"study '{name}'"), _interruptible():
+        parent = _parent_run(spec, base, name, store, prepared)
+        study = studies.open_study(folder / "study.db", name, spec, default_values(spec, base))
+        _reconcile(study, name, store)
+        with Courier(tracker) as courier:
+            courier.add(parent)
+            done = studies.finished(study)
+            for trial in done:
+                courier.add(trial_run(name, trial.number, store))
+            if interrupted := len(studies.left_running(study)):
+                say(f"study '{name}' goes on: {len(done)} trials are done, {interrupted} were interrupted and resume")
+            elif done:
+                say(f"study '{name}': {len(done)} of {spec.trials} trials are done already")
+            if len(done) < spec.trials:
+                _tune(spec, base, name, store, study, courier)
+            _reconcile(study, name, store)
+            outcome = _outcome(study, name, store)
+            _end_parent(parent, outcome)
+        shutil.rmtree(folder / "tune", ignore_errors=True)
+    return outcome
+
+
+def trial_run(name: str, number: int, store: Path) -> Run:
+    """The run of a trial, whether it exists yet or not."""
+    return Run(store / "runs" / f"{name}-{number:03d}")
+
+
+def _parent_run(spec: Study, base: Recipe, name: str, store: Path, prepared: prepare.Prepared) -> Run:
+    """The run of the study itself, of which the trials are children. The number of trials may grow later."""
+    identity = spec.model_copy(update={"trials": 1})
+    text = f"# study\n{config.to_yaml(identity)}# recipe of trial 0\n{config.to_yaml(base)}"
+    try:
+        parent = run.create(store / "runs", name, text, experiment=name)
+    except ConfigError as error:
+        raise ConfigError(
+            f"a study called '{name}' exists and is another one than this. Give this one a name: --name NAME\n({error})"
+        ) from error
+    if not parent.events.is_file():
+        params = {
+            "recipe": spec.recipe,
+            "sampler": "TPE",
+            "seed": str(spec.seed),
+            **{f"space.{key}": str(domain.model_dump(exclude_none=True)) for key, domain in spec.space.items()},
+        }
+        Outbox(parent.events).append(
+            {"kind": "params", "values": params},
+            {"kind": "tags", "values": {"setwise.study": name, "setwise.data": prepared.fingerprint}},
+            *({"kind": "artifact", "path": file, "into": ""} for file in ("config.yaml", "environment.json")),
+        )
+    return parent
+
+
+def _tune(spec: Study, base: Recipe, name: str, store: Path, study: optuna.Study, courier: Courier) -> None:
+    from ray import tune
+
+    from setwise.sweeps import study as studies
+
+    done = studies.finished(study)
+    epochs, workers = base.train.epochs, base.train.workers
+    gpus, cpus = cluster.gpus(), cluster.cpus()
+    if workers > 1:
+        # The trial itself only waits for its workers; were it to hold a CPU, trials could take all and wait for ever.
+        resources, at_once = {"cpu": 0.01}, max(1, (gpus or cpus) // workers)
+    elif gpus:
+        resources, at_once = {"cpu": 1, "gpu": 1 / spec.trials_per_gpu}, gpus * spec.trials_per_gpu
+    else:
+        resources, at_once = {"cpu": base.train.threads}, max(1, cpus // base.train.threads)
+
+    table = TrialTable(name, spec.trials, epochs)
+    for trial in done:
+        best = max(trial.intermediate_values.values(), default=None)
+        state = {"COMPLETE": "complete", "PRUNED": "pruned"}.get(trial.state.name, "failed")
+        table.update(trial.number, trial.params, state, len(trial.intermediate_values), best)
+    settings = {"recipe": base.model_dump(mode="json"), "study": name, "store": str(store), "names": list(spec.space)}
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(_trial, settings=settings), resources),
+        tune_config=tune.TuneConfig(
+            search_alg=studies.StudySearch(study, spec, epochs),
+            scheduler=studies.make_scheduler(spec.pruning, study, epochs),
+            num_samples=spec.trials - len(done),
+            max_concurrent_trials=at_once,
+            reuse_actors=workers == 1,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=f"start-{os.getpid()}",
+            storage_path=str(store / "studies" / name / "tune"),
+            callbacks=[_callback(table, courier, name, store)],
+            failure_config=tune.FailureConfig(max_failures=0),
+            verbose=0,
+        ),
+    )
+    with table:
+        tuner.fit()
+
+
+def _trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
+    """One trial, in the process that Ray Tune gave it."""
+    from ray import tune
+
+    from setwise.pipelines import train, trained_model
+    from setwise.platform import config as configuration
+
+    store = Path(settings["store"])
+    recipe = with_values(Recipe.model_validate(settings["recipe"]), config["values"])
+    name = trial_run(settings["study"], config["trial"], store).name
+    parent = Run(store / "runs" / settings["study"])
+    training = run.create(store / "runs", name, configuration.to_yaml(recipe), settings["study"], parent)
+
+    def report(values: dict[str, float]) -> None:
+        tune.report({"epoch": int(values["epoch"]), "rsum": values[train.METRIC], "trial": config["trial"]})
+
+    if recipe.train.workers == 1:
+        train.train(recipe, training, store, train.Worker(device=trained_model.default_device()), report)
+    else:
+        train.train_with_ray(recipe, training, store, on_epoch=report)
+
+
+def _callback(table: TrialTable, courier: Courier, name: str, store: Path) -> Any:
+    """What the driver does as trials go on: show them, deliver their metrics, close their records."""
+    from ray.tune import Callback
+
+    class Watch(Callback):  # type: ignore[misc]  # Ray's classes are untyped
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self._show(trial, "running", 0, None)
+
+        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+            courier.add(trial_run(name, trial.config["trial"], store))
+            self._show(trial, "running", int(result["epoch"]), float(result["rsum"]))
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            epoch = int(trial.last_result.get("epoch", 0))
+            pruned = epoch < table.epochs
+            records.end(trial_run(name, trial.config["trial"], store), "PRUNED" if pruned else "FINISHED")
+            self._show(trial, "pruned" if pruned else "complete", epoch, None)
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            training = trial_run(name, trial.config["trial"], store)
+            records.end(training, "FAILED", _reason(trial))
+            courier.add(training)
+            self._show(trial, "failed", 0, None)
+
+        def _show(self, trial: Any, state: str, epoch: int, value: float | None) -> None:
+            table.update(trial.config["trial"], trial.config["values"], state, epoch, value)
+
+    return Watch()
+
+
+def _reason(trial: Any) -> str:
+    """The last line of what a trial died of."""
+    lines = [line for line in str(trial.get_error() or "the process died").splitlines() if line.strip()]
+    return lines[-1] if lines else "unknown"
+
+
+def _reconcile(study: optuna.Study, name: str, store: Path) -> None:
+    """Close the record of each trial that ended without it: the driver died between the two."""
+    from setwise.sweeps import study as studies
+
+    statuses = {"COMPLETE": "FINISHED", "PRUNED": "PRUNED", "FAIL": "FAILED"}
+    for trial in studies.finished(study):
+        training = trial_run(name, trial.number, store)
+        if training.config.is_file():
+            records.end(training, statuses[trial.state.name])
+
+
+def _outcome(study: optuna.Study, name: str, store: Path) -> Outcome:
+    from setwise.pipelines import references
+    from setwise.sweeps import study as studies
+
+    trials = studies.finished(study)
+    states = [trial.state.name for trial in trials]
+    failed = {
+        trial.number: records.reason(trial_run(name, trial.number, store))
+        for trial in trials
+        if trial.state.name == "FAIL"
+    }
+    best = references.best_of(name, store) if len(failed) < len(trials) else None
+    return Outcome(name, states.count("COMPLETE"), states.count("PRUNED"), failed, best, importance(study))
+
+
+def _end_parent(parent: Run, outcome: Outcome) -> None:
+    """Record the study's result with its run; each time that more trials were added."""
+    from setwise.pipelines import references
+
+    number = outcome.complete + outcome.pruned + len(outcome.failed)
+    outbox = Outbox(parent.events)
+    if outcome.best is not None:
+        value = references.best_value(outcome.best) or 0.0
+        outbox.metrics(number, {"best/val/rsum": value, "trials": float(number)}, series="study")
+        tags = {"setwise.best_run": outcome.best.name, "setwise.importance": outcome.importance.sentence()}
+        outbox.append({"kind": "tags", "values": tags}, {"kind": "status", "value": "FINISHED"})
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM reach us as KeyboardInterrupt instead of Tune, which would wait for its trials."""
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,97 @@
+"""The whole model: what it returns, what has no influence on it, and that it can learn."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from setwise.models.config import LossConfig, ModelConfig, SimilarityConfig
+from setwise.models.losses import set_embedding_loss
+from setwise.models.retriever import SetRetriever
+from setwise.models.similarity import Similarity
+
+LENGTHS = torch.tensor([3, 7, 5, 7, 2, 6])
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    tokens = torch.randint(1, 40, (6, 7), generator=generator) * (torch.arange(7) < LENGTHS[:, None])
+    return images, tokens
+
+
+def retriever(dropout: float = 0.1, **prediction: Any) -> SetRetriever:
+    torch.manual_seed(0)
+    config = ModelConfig.model_validate(
+        {
+            "embed_size": 16,
+            "image_encoder": {"kind": "cnn", "channels": [8, 16, 24]},
+            "text_encoder": {"kind": "bigru", "word_dim": 12, "dropout": dropout},
+            "set_prediction": {"num_slots": 3, "heads": 2, "head_dim": 8, "dropout": dropout} | prediction,
+        }
+    )
+    return SetRetriever(config, vocabulary_size=40)
+
+
+def test_both_sides_give_unit_sets_of_the_same_shape_and_forward_gives_both() -> None:
+    model, (images, tokens) = retriever().eval(), inputs()
+    image_sets, text_sets = model(images, tokens, LENGTHS)
+    for embedding in (image_sets, text_sets):
+        assert embedding.sets.shape == embedding.slots.shape == (6, 3, 16)
+        torch.testing.assert_close(embedding.sets.norm(dim=-1), torch.ones(6, 3))
+    assert torch.equal(image_sets.sets, model.encode_images(images).sets)
+    assert torch.equal(text_sets.sets, model.encode_texts(tokens, LENGTHS).sets)
+
+
+def test_padding_and_neighbours_have_no_influence() -> None:
+    model, (images, tokens) = retriever().double().eval(), inputs()
+    image_sets, text_sets = model(images, tokens, LENGTHS)
+    for b, length in enumerate(LENGTHS):
+        image = model.encode_images(images[b : b + 1]).sets
+        torch.testing.assert_close(image, image_sets.sets[b : b + 1], rtol=0, atol=1e-6)
+        text = model.encode_texts(tokens[b : b + 1, :length], length[None]).sets
+        torch.testing.assert_close(text, text_sets.sets[b : b + 1], rtol=0, atol=1e-6)
+
+
+def test_each_side_has_its_own_position_code() -> None:
+    plain, (images, tokens) = retriever(text_positions="none").eval(), inputs()
+    for setting, changed in (("text_positions", 1), ("image_positions", 0)):
+        settings: dict[str, Any] = {"text_positions": "none", setting: "sine"}
+        model = retriever(**settings).eval()
+        differs = [
+            not torch.equal(with_code.sets, without.sets)
+            for with_code, without in zip(model(images, tokens, LENGTHS), plain(images, tokens, LENGTHS), strict=True)
+        ]
+        assert differs == [side == changed for side in (0, 1)]
+
+
+def test_attention_maps_cover_the_grid_and_the_words() -> None:
+    model, (images, tokens) = retriever().eval(), inputs()
+    image_maps = model.encode_images(images, keep_attention=True).attention
+    text_maps = model.encode_texts(tokens, LENGTHS, keep_attention=True).attention
+    assert [tuple(maps.shape) for maps in image_maps] == [(6, 2, 3, 16)] * 4
+    assert [tuple(maps.shape) for maps in text_maps] == [(6, 2, 3, 7)] * 4
+
+
+def test_the_loss_reaches_every_parameter() -> None:
+    model, (images, tokens) = retriever(), inputs()
+    image_sets, text_sets = model(images, tokens, LENGTHS)
+    scores = Similarity(SimilarityConfig())(image_sets.sets, text_sets.sets)
+    positives = torch.eye(6, dtype=torch.bool)
+    set_embedding_loss(scores, positives, image_sets, text_sets, LossConfig(), hardest=False).total.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_it_learns_to_tell_six_pairs_apart() -> None:
+    model, (images, tokens) = retriever(dropout=0), inputs()
+    similarity, positives, config = Similarity(SimilarityConfig()), torch.eye(6, dtype=torch.bool), LossConfig()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(60):
+        image_sets, text_sets = model(images, tokens, LENGTHS)
+        scores = similarity(image_sets.sets, text_sets.sets)
+        parts = set_embedding_loss(scores, positives, image_sets, text_sets, config, hardest=step >= 30)
+        optimizer.zero_grad()
+        parts.total.backward()
+        optimizer.step()
+    assert scores.argmax(1).tolist() == scores.argmax(0).tolist() == list(range(6))
+    assert parts.i2t + parts.t2i < 0.1

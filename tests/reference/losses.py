@@ -1,0 +1,39 @@
+"""The losses as their definitions read: one triplet, one pair of rows after another, in float64."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def triplet(scores: Array, positives: NDArray[np.bool_], margin: float, hardest: bool) -> float:
+    """Mean over positive pairs of the hardest (or the mean) hinge over the image's negatives plus the caption's."""
+    pairs = [(i, t) for i in range(scores.shape[0]) for t in range(scores.shape[1]) if positives[i, t]]
+    total = 0.0
+    for i, t in pairs:
+        captions = [scores[i, other] for other in range(scores.shape[1]) if not positives[i, other]]
+        images = [scores[other, t] for other in range(scores.shape[0]) if not positives[other, t]]
+        for negatives in (captions, images):
+            hinges = [max(0.0, margin + negative - scores[i, t]) for negative in negatives]
+            if hinges:
+                total += max(hinges) if hardest else sum(hinges) / len(hinges)
+    return total / len(pairs) if pairs else 0.0
+
+
+def mmd(x: Array, y: Array, gamma: float) -> float:
+    def mean_kernel(first: Array, second: Array) -> float:
+        kernels = [math.exp(-gamma * math.dist(a, b)) for a in first for b in second]
+        return sum(kernels) / len(kernels)
+
+    return mean_kernel(x, x) - 2 * mean_kernel(x, y) + mean_kernel(y, y)
+
+
+def diversity(slots: Array) -> float:
+    samples = []
+    for sample in slots:
+        units = [slot / math.sqrt(slot @ slot) for slot in sample]
+        pairs = [(a, b) for a in range(len(units)) for b in range(a)]
+        samples.append(sum(math.exp(-2 * math.dist(units[a], units[b]) ** 2) for a, b in pairs) / len(pairs))
+    return sum(samples) / len(samples)
