@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positions = Literal["none", "sine"]
+Negatives = Literal["all", "hardest", "violating"]
 
 
 class _Settings(BaseModel):
@@ -21,7 +22,7 @@ class ConvNetConfig(_Settings):
 
     kind: Literal["cnn"]
     channels: tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...] = Field(
-        (32, 64, 128), min_length=2, description="width of each stage; the last is the width of the local features"
+        (24, 48, 64, 96), min_length=2, description="width of each layer; the last is the width of the local features"
     )
 
 
@@ -81,10 +82,13 @@ class LossConfig(_Settings):
     mmd_weight: float = Field(0.01, ge=0, description="weight of the discrepancy between image and text embeddings")
     mmd_gamma: float = Field(0.5, gt=0, description="of the kernel exp(-gamma * distance), distance not squared")
     diversity_weight: float = Field(0.01, ge=0, description="weight of the closeness of slots of one set")
+    negatives: Negatives = Field(
+        "hardest", description="negatives in the triplet loss: the hardest, all, or those that violate the margin"
+    )
     all_negatives_epochs: float = Field(
-        0, ge=0, description="the triplet loss averages over all negatives this long, then takes the hardest"
+        0, ge=0, description="the triplet loss averages over all negatives this long, whatever `negatives` says"
     )
 
-    def hardest_at(self, epoch: float) -> bool:
-        """Whether the triplet loss takes only the hardest negative `epoch` epochs (fractions count) into training."""
-        return epoch >= self.all_negatives_epochs
+    def negatives_at(self, epoch: float) -> Negatives:
+        """Which negatives the triplet loss takes `epoch` epochs (fractions count) into training."""
+        return "all" if epoch < self.all_negatives_epochs else self.negatives

@@ -9,63 +9,51 @@ from torch import Tensor, nn
 from setwise.models.config import ConvNetConfig
 from setwise.models.set_prediction import Features, sine_code_2d
 
-GROUPS = 4
+GROUPS = 8
 
 
-class ResidualBlock(nn.Module):
-    """x + 1x1(3x3(1x1(x))) at half the width, which costs a quarter of a plain 3x3 convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        half = max(channels // 2, GROUPS)
-        self.branch = nn.Sequential(
-            *conv_norm_relu(channels, half, kernel=1),
-            *conv_norm_relu(half, half, kernel=3, padding=1),
-            nn.Conv2d(half, channels, kernel_size=1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B,channels,H,W) to the same."""
-        residual: Tensor = self.branch(x)
-        return x + residual
-
-
-def conv_norm_relu(inputs: int, outputs: int, *, kernel: int, stride: int = 1, padding: int = 0) -> list[nn.Module]:
+def conv_norm_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[nn.Module]:
     """GroupNorm, not BatchNorm: an image's features do not depend on its batch, so that any number of workers gives
     the same result, training and evaluation compute the same function, and nothing needs synchronising."""
     return [
-        nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False),
+        nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False),
         nn.GroupNorm(GROUPS, outputs),
         nn.ReLU(inplace=True),
     ]
 
 
 class ConvNet(nn.Module):
-    """A small residual network for small images, trained from scratch: 64x64 pixels become 8x8 local features.
+    """A small convolutional network for small images, trained from scratch: 64x64 pixels become 8x8 local features.
 
-    Each stage halves height and width and then, but for the first, has a residual block: at full width a block of the
-    first stage would cost as much as all the rest. `local_dim` is the width of the last stage.
+    The first two layers halve height and width; the others keep a quarter of the resolution, at which strokes of a few
+    pixels can still be told apart; a maximum over 2x2 cells then leaves as few local features as slots can read
+    cheaply. `local_dim` is the width of the last layer.
 
     A caption speaks of places, and slot attention's position code enters keys only, so a slot could look at a place
-    without being able to say which. A position code is therefore added to the features themselves, ahead of the last
-    block, which can tie what is seen to where.
+    without being able to say which. A position code is therefore added to the features themselves, ahead of a layer
+    that can tie what is seen to where.
     """
 
     def __init__(self, config: ConvNetConfig, embed_size: int) -> None:
         super().__init__()
         self.local_dim = config.channels[-1]
-        first, *others = config.channels
-        self.stem = nn.Sequential(*conv_norm_relu(3, first, kernel=4, stride=2, padding=1))
-        self.downs = nn.ModuleList()
-        self.blocks = nn.ModuleList()
-        for inputs, outputs in zip(config.channels, others, strict=False):
-            self.downs.append(nn.Sequential(*conv_norm_relu(inputs, outputs, kernel=2, stride=2)))
-            self.blocks.append(ResidualBlock(outputs))
+        layers: list[nn.Module] = []
+        width = 3
+        for depth, channels in enumerate(config.channels):
+            layers += conv_norm_relu(width, channels, kernel=5 if depth == 0 else 3, stride=2 if depth < 2 else 1)
+            width = channels
+        self.layers = nn.Sequential(*layers, nn.MaxPool2d(2))
         self.place = nn.Linear(self.local_dim, self.local_dim)
+        self.what_and_where = nn.Sequential(
+            nn.LayerNorm(self.local_dim),
+            nn.Linear(self.local_dim, self.local_dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(self.local_dim, self.local_dim),
+        )
         self.to_global = nn.Linear(self.local_dim, embed_size)
 
     def forward(self, images: Tensor, lengths: Tensor | None = None) -> Features:
-        """`images` (B,3,H,W): uint8 0..255, or floats already normalised. N = HW / 4^stages, row by row.
+        """`images` (B,3,H,W): uint8 0..255, or floats already normalised. N = H/8 * W/8, row by row.
 
         uint8 is normalised here, so that a batch stays a quarter of the size until it is on the device. Raises
         ValueError for `lengths`: a grid has no padding.
@@ -74,13 +62,10 @@ class ConvNet(nn.Module):
             raise ValueError("a grid of pixels has no padding: call the convolutional encoder without lengths")
         dtype = self.to_global.weight.dtype
         x = (images.to(dtype) / 255 - 0.5) / 0.25 if images.dtype == torch.uint8 else images.to(dtype)
-        x = self.stem(x)
-        for down, block in zip(self.downs[:-1], self.blocks[:-1], strict=True):
-            x = block(down(x))
-        x = self.downs[-1](x)
+        x = self.layers(x)
         rows, columns = x.shape[-2:]
-        code_NX = self.place(sine_code_2d(rows, columns, self.local_dim, x.device).to(dtype))
-        x = self.blocks[-1](x + code_NX.T.reshape(self.local_dim, rows, columns))
         local_BNX = x.flatten(2).transpose(1, 2)
-        # The maximum, as the authors' script pools regions: something is in the picture if it is anywhere in it.
+        code_NX = self.place(sine_code_2d(rows, columns, self.local_dim, x.device).to(dtype))
+        local_BNX = local_BNX + self.what_and_where(local_BNX + code_NX)
+        # The maximum, as in the paper's setting for regions: something is in the picture if it is anywhere in it.
         return Features(local_BNX, self.to_global(local_BNX.amax(1)), grid=(rows, columns))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from setwise.models.config import LossConfig
+from setwise.models.config import LossConfig, Negatives
 from setwise.models.set_prediction import SetEmbedding
 
 
@@ -32,13 +32,27 @@ def triplet(scores: Tensor, positives: Tensor, margin: float, hardest: bool) -> 
     the query's negatives; the loss is the mean over positive pairs. A query without negatives or without positives
     costs nothing.
     """
-    image_to_text, text_to_image = _both_directions(scores, positives, margin, hardest)
+    image_to_text, text_to_image = _both_directions(scores, positives, margin, "hardest" if hardest else "all")
     return image_to_text + text_to_image
 
 
-def _both_directions(scores_IT: Tensor, positives_IT: Tensor, margin: float, hardest: bool) -> tuple[Tensor, Tensor]:
+def triplet_violating(scores: Tensor, positives: Tensor, margin: float) -> Tensor:
+    """As `triplet`, with the mean taken over the violations alone: the triples whose hinge is above zero.
+
+    Between the two others: the mean over all negatives fades as most of them are beaten, and the hardest alone let
+    encoders that start from nothing collapse to one point, where every hinge equals the margin. This keeps its scale
+    and looks at every negative that is still too near. (The authors' semi-hard option is the same with the hinge cut at
+    the margin, which takes the gradient from exactly those that a positive has yet to overtake.)
+    """
+    image_to_text, text_to_image = _both_directions(scores, positives, margin, "violating")
+    return image_to_text + text_to_image
+
+
+def _both_directions(
+    scores_IT: Tensor, positives_IT: Tensor, margin: float, negatives: Negatives
+) -> tuple[Tensor, Tensor]:
     scores_IT = _at_least_float32(scores_IT)
-    direction = _triplet_hardest if hardest else _triplet_all
+    direction = {"all": _triplet_all, "hardest": _triplet_hardest, "violating": _triplet_violating}[negatives]
     return direction(scores_IT, positives_IT, margin), direction(scores_IT.T, positives_IT.T, margin)
 
 
@@ -51,11 +65,22 @@ def _triplet_hardest(scores_QG: Tensor, positives_QG: Tensor, margin: float) -> 
 
 
 def _triplet_all(scores_QG: Tensor, positives_QG: Tensor, margin: float) -> Tensor:
-    query_P, gallery_P = positives_QG.nonzero(as_tuple=True)  # waits for the device; only the first epochs come here
+    hinge_PG, negative_PG = _hinges(scores_QG, positives_QG, margin)
+    mean_P = hinge_PG.sum(1) / negative_PG.sum(1).clamp(min=1)
+    return mean_P.sum() / max(len(mean_P), 1)
+
+
+def _triplet_violating(scores_QG: Tensor, positives_QG: Tensor, margin: float) -> Tensor:
+    hinge_PG, _ = _hinges(scores_QG, positives_QG, margin)
+    return hinge_PG.sum() / (hinge_PG > 0).sum().clamp(min=1)
+
+
+def _hinges(scores_QG: Tensor, positives_QG: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """The hinge of each positive pair against each item of the gallery, 0 where that is no negative; and which are."""
+    query_P, gallery_P = positives_QG.nonzero(as_tuple=True)  # on a GPU this waits for the device
     negative_PG = ~positives_QG[query_P]
     hinge_PG = F.relu(margin + scores_QG[query_P] - scores_QG[query_P, gallery_P].unsqueeze(1))
-    mean_P = (hinge_PG * negative_PG).sum(1) / negative_PG.sum(1).clamp(min=1)
-    return mean_P.sum() / max(len(query_P), 1)
+    return hinge_PG * negative_PG, negative_PG
 
 
 def mmd(x: Tensor, y: Tensor, gamma: float) -> Tensor:
@@ -92,7 +117,13 @@ def diversity(slots: Tensor) -> Tensor:
 
 
 def set_embedding_loss(
-    scores: Tensor, positives: Tensor, images: SetEmbedding, texts: SetEmbedding, config: LossConfig, *, hardest: bool
+    scores: Tensor,
+    positives: Tensor,
+    images: SetEmbedding,
+    texts: SetEmbedding,
+    config: LossConfig,
+    *,
+    negatives: Negatives,
 ) -> LossParts:
     """The whole loss of one batch, by parts.
 
@@ -100,7 +131,7 @@ def set_embedding_loss(
     vectors of the sets, diversity reads the slots. A part whose weight is 0 is not computed and reads 0.
     """
     zero = scores.new_zeros((), dtype=torch.promote_types(scores.dtype, torch.float32))
-    i2t, t2i = _both_directions(scores, positives, config.margin, hardest)
+    i2t, t2i = _both_directions(scores, positives, config.margin, negatives)
     discrepancy = (
         mmd(images.sets.flatten(0, 1), texts.sets.flatten(0, 1), config.mmd_gamma) if config.mmd_weight else zero
     )

@@ -38,9 +38,11 @@ class Batch:
     """(T,) int64: index in `images` of the image that a caption belongs to."""
 
     def to(self, device: torch.device) -> Batch:
-        move = {"device": device, "non_blocking": True}
         return Batch(
-            self.images.to(**move), self.tokens.to(**move), self.lengths, self.owners.to(**move)  # type: ignore[arg-type]  # mypy cannot see through the dict
+            self.images.to(device, non_blocking=True),
+            self.tokens.to(device, non_blocking=True),
+            self.lengths,
+            self.owners.to(device, non_blocking=True),
         )
 
 

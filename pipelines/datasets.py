@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setwise.platform import config
-from setwise.platform.errors import DataError
+from setwise.platform.errors import ConfigError, DataError
 
 SPLITS = ("train", "val", "test")
 
@@ -93,15 +93,16 @@ def known() -> tuple[str, ...]:
     return ("digits",)
 
 
-def open_source(name: str, folder: Path) -> Source:
-    """The files of data set `name` in `folder`.
-
-    Raises:
-        DataError: no data set has that name.
-    """
+def check_known(name: str) -> None:
+    """Raises ConfigError, with the nearest name, if no data set is called `name`."""
     if name not in known():
         nearest = config.nearest_name(name, known())
         hint = f" Did you mean '{nearest}'?" if nearest else ""
-        raise DataError(f"no data set is called '{name}'.{hint} There are: {', '.join(known())}.")
+        raise ConfigError(f"no data set is called '{name}'.{hint} There are: {', '.join(known())}.")
+
+
+def open_source(name: str, folder: Path) -> Source:
+    """The files of data set `name` in `folder`."""
+    check_known(name)
     extended = folder / "extended_positives"
     return Source(name, folder / f"dataset_{name}.json", folder / "images", extended if extended.is_dir() else None)

@@ -196,8 +196,8 @@ def write_captions(scene: Scene, seed: int) -> tuple[Caption, ...]:
 # How often each form of statement is tried; one that the scene does not offer is drawn again. The weights are set so
 # that about a third of the captions of 1,000 scenes are true of more than one of them.
 _FORMS = {
-    "one": 4,
-    "two": 14,
+    "one": 3,
+    "two": 12,
     "relation": 38,
     "three": 30,
     "one and relation": 32,
@@ -247,7 +247,7 @@ def _mention(
     return Mention(
         value=None if unsaid == "value" else digit.value,
         colour=None if unsaid == "colour" else digit.colour,
-        size=digit.size if (rng.random() < 0.55 if size is None else size) else None,
+        size=digit.size if (rng.random() < 0.75 if size is None else size) else None,
         place=_place(digit, side) if place else None,
     )
 
@@ -305,6 +305,6 @@ def _noun_phrase(mention: Mention, rng: random.Random) -> str:
         prefix = "number " if mention.value == 1 else rng.choice(("", "", "", "number "))
         noun = prefix + NUMERALS[mention.value]
     words = " ".join(word for word in (_size_word(mention, rng), mention.colour, noun) if word)
-    article = "an" if words.startswith(("orange", "eight")) else "a"
+    article = "an" if words.startswith("eight") else "a"
     place = " " + rng.choice(PLACE_WORDS[mention.place]) if mention.place else ""
     return f"{article} {words}{place}"

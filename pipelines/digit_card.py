@@ -19,6 +19,7 @@ from setwise.pipelines.digit_scenes import (
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
     from setwise.pipelines.digits import CaptionedScene, DigitsConfig
 
 SCANS_URL = "https://doi.org/10.24432/C50P49"
@@ -90,7 +91,7 @@ one person's hand may be in several splits.
 Two to four digits that do not touch, each enlarged from its scan and tinted in one colour. All lengths are fractions
 of the image's side.
 
-- Colours: {", ".join(COLOURS)}. White, yellow and pink only on a dark ground.
+- Colours: {", ".join(COLOURS)}. White and yellow only on a dark ground.
 - Heights: small {SIZES["small"][0]:.2f} to {SIZES["small"][1]:.2f}, large {SIZES["large"][0]:.2f} to \
 {SIZES["large"][1]:.2f}, nothing between (rounded to pixels).
 

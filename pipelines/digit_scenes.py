@@ -22,16 +22,14 @@ MAX_DIGITS = 4
 # Hues far enough apart to be named at a glance on a stroke two pixels wide.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (226, 30, 38),
-    "orange": (255, 138, 10),
     "yellow": (255, 232, 40),
     "green": (34, 176, 60),
     "blue": (52, 110, 255),
     "purple": (170, 74, 238),
-    "pink": (255, 158, 204),
     "white": (250, 250, 250),
 }
 # Height of a digit as a fraction of the side. No digit is taller than the one range and lower than the other.
-SIZES: dict[str, tuple[float, float]] = {"small": (0.20, 0.25), "large": (0.36, 0.44)}
+SIZES: dict[str, tuple[float, float]] = {"small": (0.26, 0.31), "large": (0.40, 0.48)}
 
 # A centre is in the first, middle or last band of an axis, and two centres differ along it or do not. No centre and no
 # difference of any scene comes nearer to its limit than the margin: nothing that a caption can say is ever borderline.
@@ -42,7 +40,7 @@ APART_MARGIN = 0.04
 
 _DARK_GROUNDS = ((16, 16, 18), (50, 52, 58), (18, 26, 62), (16, 50, 44), (66, 44, 30), (74, 78, 86))
 _LIGHT_GROUNDS = ((206, 208, 212), (242, 234, 212), (250, 250, 250))
-_DEEP_COLOURS = frozenset({"red", "orange", "green", "blue", "purple"})  # these are told from a light ground too
+_DEEP_COLOURS = frozenset({"red", "green", "blue", "purple"})  # these are told from a light ground too
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
 from setwise.pipelines.digit_captions import Caption, SceneTable, write_captions
 from setwise.pipelines.digit_card import SCANS_URL, data_card
 from setwise.pipelines.digit_scenes import SPLITS, Scene, draw_scene, handwriting, render

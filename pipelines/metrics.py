@@ -9,15 +9,12 @@ Shape suffixes: I images, T captions, Q queries, G gallery items.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Scores = NDArray[np.floating]
-    Truth = NDArray[np.bool_]
+Scores = NDArray[np.floating]
+Truth = NDArray[np.bool_]
 
 DIRECTIONS = ("i2t", "t2i")
 
@@ -58,7 +55,7 @@ def retrieval_metrics(scores: Scores, positives: Truth, ks: Sequence[int] = (1, 
 
 
 def ranked_positives_metrics(scores_QG: Scores, positives_QG: Truth) -> dict[str, float]:
-    """mAP@R, R-Precision and R@1 where queries have many positives (Musgrave et al. 2020; Chun et al. 2022, ECCV Caption).
+    """mAP@R, R-Precision and R@1 where queries have many positives (Musgrave et al. 2020; ECCV Caption, 2022).
 
     For a query with R positives, of which the j-th best has rank r_j: R-Precision is the share of the first R places
     that are positive; AP@R is the mean over R of j / r_j for r_j <= R.

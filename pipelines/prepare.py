@@ -42,6 +42,13 @@ class PrepareConfig(Settings):
     max_bad_share: float = Field(0.01, ge=0, le=1, description="share of the images that may be quarantined")
 
 
+class DigitsPreparation(Settings):
+    """`setwise data prepare digits`: how the data set is composed, and how it is stored."""
+
+    generate: DigitsConfig = DigitsConfig()
+    prepare: PrepareConfig = PrepareConfig()
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A prepared data set on disk."""
@@ -79,8 +86,9 @@ def open_prepared(name: str, store: Path) -> Prepared:
     return prepared
 
 
-def prepare_digits(store: Path, digits: DigitsConfig, settings: PrepareConfig, say: Say) -> Prepared:
+def prepare_digits(store: Path, settings: DigitsPreparation, say: Say) -> Prepared:
     """Generate the embedded data set and prepare it; what is already there and unchanged is reused."""
+    digits = settings.generate
     base = store / "data" / "digits"
     with storage.lease(base / "lease", "data set 'digits'"):
         source = base / "source"
@@ -91,7 +99,7 @@ def prepare_digits(store: Path, digits: DigitsConfig, settings: PrepareConfig, s
             with storage.publish_folder(source) as building:
                 generate(building, digits)
                 storage.write_json(building / "generated.json", wanted)
-        return prepare(datasets.open_source("digits", source), base / "prepared", settings, say)
+        return prepare(datasets.open_source("digits", source), base / "prepared", settings.prepare, say)
 
 
 def prepare(source: Source, target: Path, settings: PrepareConfig, say: Say) -> Prepared:

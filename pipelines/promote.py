@@ -28,6 +28,13 @@ class Promotion:
     version: Version | None
     changed: bool
 
+    def describe(self, label: str) -> str:
+        champion = f"{self.version.name} version {self.version.version}" if self.version else "none"
+        if self.changed:
+            return f"{label} is the champion now: {champion}. Reason: {self.decision.reason}"
+        verdict = "would be promoted" if self.decision.promote else "would not be promoted"
+        return f"{label} {verdict}: {self.decision.reason}. Champion: {champion}"
+
 
 def promote(
     reference: Reference, store: Path, tracker: Tracker, dry_run: bool = False, override: str | None = None
@@ -52,7 +59,7 @@ def promote(
     with storage.lease(store / "registry" / f"{name}.lease", f"promotion of {name}"):
         current = registry.champion(tracker, name)
         if current is not None and current.tags.get("setwise.weights") == model.digest:
-            same = Decision(True, "these weights are the champion already", _values(outcomes), _values(outcomes))
+            same = Decision(False, "these weights are the champion already", _values(outcomes), _values(outcomes))
             return Promotion(same, current, changed=False)
         decision = gate.no_regression(_measured(outcomes), _stored(current) if current else None)
         if dry_run:
@@ -60,7 +67,7 @@ def promote(
         if not decision.promote and override is None:
             raise GateError(
                 f"Not promoting {reference.label}: {decision.reason}. Champion stays {name} version "
-                f"{current.version if current else 'none'}. To promote all the same: --override \"the reason\""
+                f'{current.version if current else "none"}. To promote all the same: --override "the reason"'
             )
         version = _register(reference, tracker, name, model.digest, outcomes, decision, override)
         return Promotion(decision, version, changed=True)

@@ -1,10 +1,10 @@
 """References: how a user names a checkpoint after training.
 
-    a folder                  a checkpoint, or a run
-    a run's name              or the beginning of it, or of its MLflow id, if only one run begins so
-    last                      the run that changed last
-    best:STUDY                the best trial of a study
-    models:/NAME@ALIAS        a registered version, or models:/NAME/3
+a folder                  a checkpoint, or a run
+a run's name              or the beginning of it, or of its MLflow id, if only one run begins so
+last                      the run that changed last
+best:STUDY                the best trial of a study
+models:/NAME@ALIAS        a registered version, or models:/NAME/3
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def resolve(text: str, store: Path, tracker: Tracker) -> Reference:
         folder = registry.download(tracker, version, store)
         run = store / "runs" / version.run
         return Reference(f"{version.name} version {version.version}", folder, Run(run) if run.is_dir() else None)
-    if (folder := Path(text)).is_dir() and (folder / checkpoint.MANIFEST).is_file():
-        checkpoint.verify(folder)
-        owner = Run(folder.resolve().parent.parent)
-        return Reference(text, folder, owner if owner.config.is_file() else None)
-    run = find_run(text, store)
-    return Reference(run.name, run.best_checkpoint(), run)
+    if (Path(text) / checkpoint.MANIFEST).is_file():
+        checkpoint.verify(Path(text))
+        owner = Run(Path(text).resolve().parent.parent)
+        return Reference(text, Path(text), owner if owner.config.is_file() else None)
+    found = find_run(text, store)
+    return Reference(found.name, found.best_checkpoint(), found)
 
 
 def all_runs(store: Path) -> list[Run]:
@@ -83,6 +83,16 @@ def find_run(text: str, store: Path) -> Run:
     nearest = config.nearest_name(text, [run.name for run in runs])
     hint = f" Did you mean '{nearest}'?" if nearest else ""
     raise ConfigError(f"no run is called '{text}' in {store}.{hint}")
+
+
+def trial_run(name: str, number: int, store: Path) -> Run:
+    """The run of a trial, whether it exists yet or not."""
+    return Run(store / "runs" / f"{name}-{number:03d}")
+
+
+def find_runs(text: str, store: Path) -> list[Run]:
+    """The trials of the study that `text` names, or else the one run."""
+    return trials_of(text, store) or [find_run(text, store)]
 
 
 def best_of(study: str, store: Path) -> Run:

@@ -61,7 +61,9 @@ def find(tracker: Tracker, uri: str) -> Version:
                 raise ConfigError(f"'{uri}': write models:/NAME@ALIAS or models:/NAME/VERSION")
             found = tracker.client.get_model_version(name, number)
     except MlflowException as error:
-        raise ConfigError(f"'{uri}' is not registered in {tracker.uri}. Promote a run first: setwise promote REF") from error
+        raise ConfigError(
+            f"'{uri}' is not registered in {tracker.uri}. Promote a run first: setwise promote REF"
+        ) from error
     tags = dict(found.tags)
     return Version(name, int(found.version), tags.get(RUN_TAG, ""), found.source, tags.get(HASH_TAG, ""), tags)
 

@@ -67,9 +67,7 @@ def write(path: Path, rows: list[Row], shorter_side: int, quality: int) -> Shard
 
     def set_aside(row: Row, caption: Caption | None, reason: str) -> None:
         caption_id = None if caption is None else caption.caption_id
-        quarantine.append(
-            {"image_id": row.image_id, "caption_id": caption_id, "path": str(row.path), "reason": reason}
-        )
+        quarantine.append({"image_id": row.image_id, "caption_id": caption_id, "path": str(row.path), "reason": reason})
 
     for row in rows:
         good = []
@@ -97,9 +95,7 @@ def write(path: Path, rows: list[Row], shorter_side: int, quality: int) -> Shard
 
     integers, strings = pyarrow.list_(pyarrow.int64()), pyarrow.list_(pyarrow.string())
     types = (pyarrow.int64(), pyarrow.binary(), integers, strings)
-    table = pyarrow.table(
-        {name: pyarrow.array(columns[name], kind) for name, kind in zip(COLUMNS, types, strict=True)}
-    )
+    table = pyarrow.table({name: pyarrow.array(columns[name], kind) for name, kind in zip(COLUMNS, types, strict=True)})
     # JPEG does not compress further; written in one row group, since a shard is read whole.
     pyarrow.parquet.write_table(table, path, compression="none")
     return Shard(

@@ -1,15 +1,14 @@
-"""Training one recipe: the loop, and the two ways it is called.
+"""Training one recipe: the loop, to be read from top to bottom.
 
-`train` is the loop, to be read from top to bottom. `train_with_ray` runs it in the workers of Ray Train; a sweep runs
-it in the process of the trial itself. Both may be killed at any moment: the loop starts from the newest checkpoint
-that verifies, wherever Ray believes it was.
+launch.py runs it in the workers of Ray Train; a sweep runs it in the process of the trial itself. Both may be killed at
+any moment: the loop starts from the newest checkpoint that verifies, wherever Ray believes it was.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ class Worker:
 
     rank: int = 0
     world: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report) -> None:
@@ -154,7 +153,7 @@ def batch_loss(
         texts = texts._replace(sets=_gather_ragged(texts.sets, worker))
     scores = retrieval.similarity(images.sets, texts.sets)
     positives = owners[None, :] == torch.arange(len(images.sets), device=owners.device)[:, None]
-    return set_embedding_loss(scores, positives, images, texts, recipe.loss, hardest=recipe.loss.hardest_at(epoch))
+    return set_embedding_loss(scores, positives, images, texts, recipe.loss, negatives=recipe.loss.negatives_at(epoch))
 
 
 def validate(retrieval: Retrieval, split: Split, batch_size: int, device: torch.device) -> dict[str, float]:
@@ -164,51 +163,6 @@ def validate(retrieval: Retrieval, split: Split, batch_size: int, device: torch.
         scores = retrieval.similarity(sets.image_sets.to(device), sets.text_sets.to(device)).float().cpu().numpy()
     positives = (sets.owners[None, :] == torch.arange(len(split))[:, None]).numpy()
     return {f"val/{name}": value for name, value in metrics.retrieval_metrics(scores, positives).items()}
-
-
-def train_with_ray(recipe: Recipe, run: Run, store: Path, on_epoch: Report | None = None, max_failures: int = 2) -> None:
-    """Train in the workers of Ray Train, on GPUs where the cluster has enough of them.
-
-    A worker that dies is replaced, up to `max_failures` times; the loop then finds the newest checkpoint by itself.
-    Ray's own record of the run is written to a new folder each time, and never read.
-
-    Args:
-        on_epoch: called in this process with each epoch's metrics, as rank 0 reported them.
-    """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from setwise.platform import cluster
-
-    workers = recipe.train.workers
-    use_gpu = cluster.gpus() >= workers
-    attempts = run.folder / "ray"
-    attempt = f"attempt_{len(list(attempts.glob('*'))) if attempts.exists() else 0:03d}"
-    trainer = TorchTrainer(
-        _ray_worker,
-        train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": str(run.folder), "store": str(store)},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": 1}
-        ),
-        run_config=RunConfig(
-            name=attempt,
-            storage_path=str(attempts),
-            failure_config=FailureConfig(max_failures=max_failures),
-            callbacks=callbacks or [],
-        ),
-    )
-    trainer.fit()
-
-
-def _ray_worker(config: dict[str, Any]) -> None:
-    import ray.train
-    import ray.train.torch
-
-    context = ray.train.get_context()
-    worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    recipe = Recipe.model_validate(config["recipe"])
-    train(recipe, Run(Path(config["run"])), Path(config["store"]), worker, ray.train.report)
 
 
 def _share(split: Split, batch_size: int, seed: int, epoch: int, worker: Worker) -> Any:

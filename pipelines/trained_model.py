@@ -78,7 +78,7 @@ class TrainedModel:
     def scores(self, image_sets: Tensor, text_sets: Tensor, block: int = 256) -> Tensor:
         """(I,K,D) against (T,J,D) to (I,T) on the CPU, computed on the device for `block` images at a time."""
         texts = text_sets.to(self.device)
-        rows = [self.retrieval.similarity(part.to(self.device), texts).cpu() for part in image_sets.split(block)]
+        rows = [self.retrieval.similarity(part.to(self.device), texts).cpu() for part in torch.split(image_sets, block)]
         return torch.cat(rows)
 
 

@@ -115,7 +115,7 @@ def newest(parent: Path) -> Path | None:
         return folder
     if damaged := sorted(p.name for p in parent.glob("*.damaged")):
         raise DataError(
-            f"{parent}: every checkpoint is damaged ({', '.join(damaged)}). Restore one, or remove the run to start over."
+            f"{parent}: every checkpoint is damaged ({', '.join(damaged)}). Restore one, or remove the run."
         )
     return None
 

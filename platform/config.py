@@ -296,6 +296,6 @@ def to_yaml(settings: BaseModel) -> str:
     stream = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # keep the order of the fields
     yaml.dump(settings.model_dump(mode="json"), stream)
     return stream.getvalue()

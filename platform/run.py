@@ -1,17 +1,18 @@
 """A run: one training, as a folder that records all of it.
 
-    NAME/
-      run.json           experiment, parent, commit
-      config.yaml        the resolved configuration
-      environment.json   versions and machine
-      code.diff          what differed from that commit
-      events.jsonl       parameters, metrics and tags in order, with their times: the outbox that tracking delivers
-      checkpoints/       epoch_0007/ ..., and best.json, which names the best of them
-      evaluation/        one JSON file a benchmark
+NAME/
+  run.json           experiment, parent, commit
+  config.yaml        the resolved configuration
+  environment.json   versions and machine
+  code.diff          what differed from that commit
+  events.jsonl       parameters, metrics and tags in order, with their times: the outbox that tracking delivers
+  checkpoints/       epoch_0007/ ..., and best.json, which names the best of them
+  evaluation/        one JSON file a benchmark
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -118,10 +119,8 @@ def environment() -> dict[str, Any]:
     """What this process runs on."""
     packages = {}
     for name in RECORDED_PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            packages[name] = None
     return {
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -167,9 +167,7 @@ class Tracker:
             self.client.log_batch(run_id, metrics=metrics[start : start + BATCH])
         for event in events[done:]:
             self._deliver_event(run, run_id, event)
-        storage.write_json(
-            run.folder / "delivered.json", {"uri": self.uri, "run_id": run_id, "events": len(events)}
-        )
+        storage.write_json(run.folder / "delivered.json", {"uri": self.uri, "run_id": run_id, "events": len(events)})
 
     def _deliver_event(self, run: runs.Run, run_id: str, event: Mapping[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
@@ -223,7 +221,7 @@ class Courier:
         for run in pending:
             try:
                 self.tracker.deliver(run)
-            except Exception as error:  # noqa: BLE001  whatever the store does, training goes on
+            except Exception as error:
                 log.debug("delivery of %s postponed: %s", run.name, error)
                 return False
         return True
@@ -234,7 +232,9 @@ class Courier:
         self._thread.join()
         delivered = self._round()
         if not delivered:
-            log.warning("%s did not take everything; it stays in the run folders and is sent next time", self.tracker.uri)
+            log.warning(
+                "%s did not take everything; it stays in the run folders and is sent next time", self.tracker.uri
+            )
         return delivered
 
     def __enter__(self) -> Courier:

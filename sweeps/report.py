@@ -12,6 +12,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from setwise.pipelines import references
+from setwise.pipelines.tables import plain
+from setwise.platform.run import Run
+
 if TYPE_CHECKING:
     import optuna
 
@@ -99,10 +103,6 @@ def short(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def plain(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 @dataclass(frozen=True)
 class Importance:
     """What mattered: PED-ANOVA's share of each setting, over so many trials; empty with a reason if not computed."""
@@ -118,6 +118,18 @@ class Importance:
         return f"What mattered (PED-ANOVA over {self.trials} trials; few trials make it rough): {listed}."
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a sweep ended."""
+
+    name: str
+    complete: int
+    pruned: int
+    failed: dict[int, str]
+    best: Run | None
+    importance: Importance
+
+
 def importance(study: optuna.Study) -> Importance:
     """Importance of each setting for the best validation RSUM, over the trials that were not pruned."""
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
@@ -125,7 +137,20 @@ def importance(study: optuna.Study) -> Importance:
 
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(trials) < MIN_TRIALS_FOR_IMPORTANCE:
-        return Importance({}, len(trials), f"it takes {MIN_TRIALS_FOR_IMPORTANCE} complete trials, there are {len(trials)}")
+        return Importance(
+            {}, len(trials), f"it takes {MIN_TRIALS_FOR_IMPORTANCE} complete trials, there are {len(trials)}"
+        )
     if len({trial.value for trial in trials}) == 1:
         return Importance({}, len(trials), "all trials ended with the same value")
     return Importance(dict(get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())), len(trials))
+
+
+def show_outcome(outcome: Outcome, results: Console) -> None:
+    """The end of a sweep: how many trials ended how, the best one, and what mattered."""
+    counts = f"{outcome.complete} complete, {outcome.pruned} pruned, {len(outcome.failed)} failed"
+    results.print(f"study '{outcome.name}': {counts}", soft_wrap=True)
+    if outcome.best is not None:
+        results.print(
+            f"best trial: {outcome.best.name}, val RSUM {references.best_value(outcome.best):.1f}", soft_wrap=True
+        )
+    results.print(outcome.importance.sentence(), soft_wrap=True)

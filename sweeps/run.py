@@ -11,35 +11,22 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from setwise.pipelines import prepare, records
+from setwise.pipelines import prepare, records, references
 from setwise.pipelines.recipe import Recipe
 from setwise.platform import cluster, config, run, storage
 from setwise.platform.errors import ConfigError
 from setwise.platform.run import Run
 from setwise.platform.tracking import Courier, Outbox, Tracker
-from setwise.sweeps.report import Importance, TrialTable, importance
+from setwise.sweeps.report import Outcome, TrialTable, importance
 from setwise.sweeps.space import Study, default_values, with_values
 
 if TYPE_CHECKING:
     import optuna
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a sweep ended."""
-
-    name: str
-    complete: int
-    pruned: int
-    failed: dict[int, str]
-    best: Run | None
-    importance: Importance
 
 
 def run_study(spec: Study, base: Recipe, name: str, store: Path, tracker: Tracker, say: Say) -> Outcome:
@@ -64,7 +51,7 @@ def run_study(spec: Study, base: Recipe, name: str, store: Path, tracker: Tracke
             courier.add(parent)
             done = studies.finished(study)
             for trial in done:
-                courier.add(trial_run(name, trial.number, store))
+                courier.add(references.trial_run(name, trial.number, store))
             if interrupted := len(studies.left_running(study)):
                 say(f"study '{name}' goes on: {len(done)} trials are done, {interrupted} were interrupted and resume")
             elif done:
@@ -76,11 +63,6 @@ def run_study(spec: Study, base: Recipe, name: str, store: Path, tracker: Tracke
             _end_parent(parent, outcome)
         shutil.rmtree(folder / "tune", ignore_errors=True)
     return outcome
-
-
-def trial_run(name: str, number: int, store: Path) -> Run:
-    """The run of a trial, whether it exists yet or not."""
-    return Run(store / "runs" / f"{name}-{number:03d}")
 
 
 def _parent_run(spec: Study, base: Recipe, name: str, store: Path, prepared: prepare.Prepared) -> Run:
@@ -112,6 +94,7 @@ def _tune(spec: Study, base: Recipe, name: str, store: Path, study: optuna.Study
     from ray import tune
 
     from setwise.sweeps import study as studies
+    from setwise.sweeps.watch import Watch
 
     done = studies.finished(study)
     epochs, workers = base.train.epochs, base.train.workers
@@ -143,7 +126,7 @@ def _tune(spec: Study, base: Recipe, name: str, store: Path, study: optuna.Study
         run_config=tune.RunConfig(
             name=f"start-{os.getpid()}",
             storage_path=str(store / "studies" / name / "tune"),
-            callbacks=[_callback(table, courier, name, store)],
+            callbacks=[Watch(table, courier, name, store)],
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
         ),
@@ -156,12 +139,12 @@ def _trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
     """One trial, in the process that Ray Tune gave it."""
     from ray import tune
 
-    from setwise.pipelines import train, trained_model
+    from setwise.pipelines import launch, train, trained_model
     from setwise.platform import config as configuration
 
     store = Path(settings["store"])
     recipe = with_values(Recipe.model_validate(settings["recipe"]), config["values"])
-    name = trial_run(settings["study"], config["trial"], store).name
+    name = references.trial_run(settings["study"], config["trial"], store).name
     parent = Run(store / "runs" / settings["study"])
     training = run.create(store / "runs", name, configuration.to_yaml(recipe), settings["study"], parent)
 
@@ -171,43 +154,7 @@ def _trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
     if recipe.train.workers == 1:
         train.train(recipe, training, store, train.Worker(device=trained_model.default_device()), report)
     else:
-        train.train_with_ray(recipe, training, store, on_epoch=report)
-
-
-def _callback(table: TrialTable, courier: Courier, name: str, store: Path) -> Any:
-    """What the driver does as trials go on: show them, deliver their metrics, close their records."""
-    from ray.tune import Callback
-
-    class Watch(Callback):  # type: ignore[misc]  # Ray's classes are untyped
-        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self._show(trial, "running", 0, None)
-
-        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-            courier.add(trial_run(name, trial.config["trial"], store))
-            self._show(trial, "running", int(result["epoch"]), float(result["rsum"]))
-
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            epoch = int(trial.last_result.get("epoch", 0))
-            pruned = epoch < table.epochs
-            records.end(trial_run(name, trial.config["trial"], store), "PRUNED" if pruned else "FINISHED")
-            self._show(trial, "pruned" if pruned else "complete", epoch, None)
-
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            training = trial_run(name, trial.config["trial"], store)
-            records.end(training, "FAILED", _reason(trial))
-            courier.add(training)
-            self._show(trial, "failed", 0, None)
-
-        def _show(self, trial: Any, state: str, epoch: int, value: float | None) -> None:
-            table.update(trial.config["trial"], trial.config["values"], state, epoch, value)
-
-    return Watch()
-
-
-def _reason(trial: Any) -> str:
-    """The last line of what a trial died of."""
-    lines = [line for line in str(trial.get_error() or "the process died").splitlines() if line.strip()]
-    return lines[-1] if lines else "unknown"
+        launch.train_with_ray(recipe, training, store, on_epoch=report)
 
 
 def _reconcile(study: optuna.Study, name: str, store: Path) -> None:
@@ -216,19 +163,18 @@ def _reconcile(study: optuna.Study, name: str, store: Path) -> None:
 
     statuses = {"COMPLETE": "FINISHED", "PRUNED": "PRUNED", "FAIL": "FAILED"}
     for trial in studies.finished(study):
-        training = trial_run(name, trial.number, store)
+        training = references.trial_run(name, trial.number, store)
         if training.config.is_file():
             records.end(training, statuses[trial.state.name])
 
 
 def _outcome(study: optuna.Study, name: str, store: Path) -> Outcome:
-    from setwise.pipelines import references
     from setwise.sweeps import study as studies
 
     trials = studies.finished(study)
     states = [trial.state.name for trial in trials]
     failed = {
-        trial.number: records.reason(trial_run(name, trial.number, store))
+        trial.number: records.reason(references.trial_run(name, trial.number, store))
         for trial in trials
         if trial.state.name == "FAIL"
     }
@@ -238,7 +184,6 @@ def _outcome(study: optuna.Study, name: str, store: Path) -> Outcome:
 
 def _end_parent(parent: Run, outcome: Outcome) -> None:
     """Record the study's result with its run; each time that more trials were added."""
-    from setwise.pipelines import references
 
     number = outcome.complete + outcome.pruned + len(outcome.failed)
     outbox = Outbox(parent.events)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent
 Scalar = bool | int | float | str
+Whole = int  # inside Domain, `int` is the name of a field
 
 
 class Domain(Settings):
@@ -30,7 +31,7 @@ class Domain(Settings):
     choice: tuple[Scalar, ...] | None = Field(None, min_length=2, description="one of these")
     uniform: tuple[float, float] | None = Field(None, description="a number between these two")
     loguniform: tuple[float, float] | None = Field(None, description="a number between these, uniform in its logarithm")
-    int: tuple[int, int] | None = Field(None, description="a whole number between these, both included")
+    int: tuple[Whole, Whole] | None = Field(None, description="a whole number between these, both included")
 
     @model_validator(mode="after")
     def _one_form(self) -> Domain:
@@ -78,7 +79,9 @@ class Study(Settings):
     """What `setwise sweep` runs."""
 
     recipe: str
-    overrides: dict[str, Any] = Field(default_factory=dict, description="settings of the recipe that hold for all trials")
+    overrides: dict[str, Any] = Field(
+        default_factory=dict, description="settings of the recipe that hold for all trials"
+    )
     trials: int = Field(20, ge=1, le=100_000)
     seed: int = Field(0, ge=0, lt=2**31, description="of the sampler; each trial trains with the recipe's own seed")
     startup_trials: int = Field(5, ge=1, description="trials drawn at random before TPE begins to learn")
@@ -108,6 +111,11 @@ def find(name: str) -> Path:
     nearest = config.nearest_name(name, names())
     hint = f" Did you mean '{nearest}'?" if nearest else ""
     raise ConfigError(f"no study is called '{name}'.{hint} There are: {', '.join(names())}; or give a YAML file.")
+
+
+def is_study(path: Path) -> bool:
+    """Whether a YAML file is meant as a study and not as a recipe."""
+    return "space" in config.read_yaml(path).values
 
 
 def load(name: str, overrides: list[str] | None = None) -> tuple[Study, Recipe]:

@@ -56,7 +56,7 @@ def left_running(study: optuna.Study) -> list[FrozenTrial]:
     return list(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
 
 
-class StudySearch(OptunaSearch):
+class StudySearch(OptunaSearch):  # type: ignore[misc]  # Ray leaves its classes untyped
     """OptunaSearch that first hands out the trials an interrupted sweep left running, and tells pruned from complete.
 
     Args:
@@ -95,6 +95,8 @@ class StudySearch(OptunaSearch):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         trial = self._ot_trials[trial_id]
+        if result and METRIC in result:
+            self.on_trial_result(trial_id, result)  # Tune hands the last result of a stopped trial to this call alone
         values = self._ot_study.get_trials(deepcopy=False)[trial.number].intermediate_values
         if error or not values:
             self._ot_study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)

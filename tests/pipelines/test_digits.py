@@ -20,6 +20,7 @@ import pydantic
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
+
 from setwise.pipelines.digit_card import ambiguity
 from setwise.pipelines.digit_scenes import COLOURS, SPLITS, Scene, handwriting, ink_coverage
 from setwise.pipelines.digits import DigitsConfig, compose, extended_positives, generate
@@ -41,7 +42,7 @@ def _read(path: pathlib.Path) -> Any:
 # --- the oracle ---------------------------------------------------------------------------------------------------
 
 ARTICLE_OBJECT = re.compile(
-    r"an? (?:(?P<size>small|tiny|large|big) )?(?:(?P<colour>red|orange|yellow|green|blue|purple|pink|white) )?"
+    r"an? (?:(?P<size>small|tiny|large|big) )?(?:(?P<colour>red|yellow|green|blue|purple|white) )?"
     r"(?:number |digit )?(?P<noun>zero|one|two|three|four|five|six|seven|eight|nine|number|digit)"
     r"(?: (?P<place>(?:on|in|at) the [a-z ]+))?"
 )
@@ -170,7 +171,7 @@ def test_captions_are_short_varied_and_different_within_an_image() -> None:
     assert all(4 <= len(caption.tokens) <= 14 for caption in captions)
     assert all(len({caption.text for caption in item.captions}) == 5 for item in composed)
     assert 40 <= len({word for caption in captions for word in caption.tokens}) <= 60
-    assert not [c.text for c in captions if re.search(r"\ba (orange|eight)|\ban (?!orange|eight|image)", c.text)]
+    assert not [c.text for c in captions if re.search(r"\ba eight|\ban (?!eight|image)", c.text)]
 
 
 def test_nothing_in_a_scene_is_borderline_or_overlaps() -> None:

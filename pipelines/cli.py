@@ -1,0 +1,369 @@
+"""The front door: `setwise VERB ...`.
+
+Results go to stdout, as a table or with --json as one object; progress and hints go to stderr. Exit codes are those of
+setwise.platform.errors. Nothing heavy is imported before a verb needs it, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from setwise.platform.errors import INTERRUPTED, ConfigError, SetwiseError, TrialsFailedError
+
+if TYPE_CHECKING:
+    from setwise.platform.tracking import Tracker
+
+app = typer.Typer(
+    name="setwise",
+    help="Set-embedding image-text retrieval: prepare, train, sweep, evaluate, compare, promote, search.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Data sets: list and prepare them.", no_args_is_help=True)
+config_app = typer.Typer(help="Recipes and studies: show, check and explain them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(config_app, name="config")
+
+PIPED_WIDTH = 200  # characters, where a table goes to a file or another program
+progress = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+results = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=v]...", help="settings that differ")]
+StoreOption = Annotated[
+    Path | None, typer.Option("--store", help="folder of data, runs and studies [default: $SETWISE_STORE or .setwise]")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on stdout instead of a table")]
+Ref = Annotated[
+    str, typer.Argument(metavar="REF", help="run name, 'last', best:STUDY, models:/NAME@ALIAS, or a checkpoint folder")
+]
+
+
+def say(message: str) -> None:
+    """A line of progress."""
+    progress.print(message, markup=False)
+
+
+def emit(value: dict[str, Any]) -> None:
+    """One JSON object as the result."""
+    print(json.dumps(value, indent=1))  # noqa: T201
+
+
+def open_store(path: Path | None) -> Path:
+    from setwise.platform import storage
+
+    return storage.root(path)
+
+
+def open_tracker(store: Path) -> Tracker:
+    from setwise.platform.tracking import Tracker
+
+    return Tracker(store)
+
+
+@app.command()
+def demo(
+    store: StoreOption = None,
+    size: Annotated[str, typer.Option(help="'full', or 'tiny' to see every step in about a minute")] = "full",
+) -> None:
+    """The main job on embedded data: prepare, sweep, evaluate, compare, promote, search."""
+    from setwise.sweeps import demo as demonstration
+
+    folder = open_store(store)
+    demonstration.run_demo(folder, open_tracker(folder), size, say, results)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False, store: StoreOption = None) -> None:
+    """Versions, processors and stores: what is here and what is missing."""
+    from setwise.pipelines import doctor as checks
+
+    found = checks.examine(open_store(store))
+    if as_json:
+        emit({"checks": [check.__dict__ for check in found]})
+    else:
+        results.print(checks.table(found))
+    if any(not check.ok for check in found):
+        raise typer.Exit(1)
+
+
+@data_app.command("ls")
+def data_list(store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Data sets that can be prepared, and whether they are."""
+    from setwise.pipelines import datasets, prepare
+    from setwise.platform.errors import DataError
+
+    folder = open_store(store)
+    found = {}
+    for name in datasets.known():
+        try:
+            found[name] = prepare.open_prepared(name, folder).describe()
+        except DataError:
+            found[name] = "not prepared"
+    if as_json:
+        emit(found)
+    else:
+        for name, state in found.items():
+            results.print(f"{name:<12} {state}")
+
+
+@data_app.command("prepare")
+def data_prepare(
+    name: Annotated[str, typer.Argument(help="data set; see: setwise data ls")],
+    overrides: Overrides = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read, check, resize and store a data set as Parquet shards. What is there already is reused."""
+    from setwise.pipelines import datasets, prepare
+    from setwise.platform import cluster, config
+
+    datasets.check_known(name)
+    settings = config.build(prepare.DigitsPreparation, config.Layer(), overrides or [])
+    folder = open_store(store)
+    with cluster.connect():
+        prepared = prepare.prepare_digits(folder, settings, say)
+    if as_json:
+        emit({"folder": str(prepared.folder), **prepared.manifest})
+    else:
+        results.print(f"{name}: {prepared.describe()}\n{prepared.folder}", soft_wrap=True)
+
+
+@config_app.command("show")
+def config_show(name: Annotated[str, typer.Argument(help="recipe")], overrides: Overrides = None) -> None:
+    """A recipe with everything it inherits and defaults to."""
+    from setwise.pipelines import recipe
+    from setwise.platform import config
+
+    results.out(config.to_yaml(recipe.load(name, overrides)), end="", highlight=False)
+
+
+@config_app.command("check")
+def config_check(names: Annotated[list[str], typer.Argument(help="recipes or studies, by name or file")]) -> None:
+    """Check recipes and studies; every mistake is shown with its place."""
+    from setwise.pipelines import recipe
+    from setwise.sweeps import space
+
+    for name in names:
+        if name in space.names() or (Path(name).is_file() and space.is_study(Path(name))):
+            space.load(name)
+        else:
+            recipe.load(name)
+        results.print(f"{name}: ok")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """The JSON schema of a recipe: every setting with its bounds and meaning."""
+    from setwise.pipelines.recipe import Recipe
+
+    emit(Recipe.model_json_schema())
+
+
+@config_app.command("diff")
+def config_diff(first: str, second: str) -> None:
+    """Settings in which two recipes or runs' config.yaml differ."""
+    from setwise.pipelines import recipe
+    from setwise.platform import config
+
+    left, right = (config.flatten(recipe.load(name)) for name in (first, second))
+    for name in left:
+        if left[name] != right.get(name):
+            results.print(f"{name}: {left[name]} | {right.get(name)}", markup=False)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="recipe, by name or file")],
+    overrides: Overrides = None,
+    name: Annotated[
+        str | None, typer.Option(help="name of the run [default: recipe and a hash of its settings]")
+    ] = None,
+    store: StoreOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be trained, and train nothing")] = False,
+) -> None:
+    """Train a recipe with Ray Train. The same command again goes on where it stopped."""
+    from setwise.pipelines import recipe as recipes
+
+    loaded = recipes.load(recipe, overrides)
+    from setwise.pipelines import launch, references
+
+    folder = open_store(store)
+    plan = launch.plan(recipe, loaded, name, folder)
+    say(plan.describe())
+    if dry_run:
+        return
+    try:
+        run = launch.execute(plan, open_tracker(folder), say)
+    except KeyboardInterrupt:
+        again = " ".join(["setwise train", recipe, *(overrides or []), "--name", plan.name])
+        say(f"interrupted; nothing is lost. To go on: {again}")
+        raise
+    results.print(f"{plan.name}: best val/rsum {references.best_value(run):.1f}\n{run.folder}", soft_wrap=True)
+    say(f"next: setwise eval {plan.name}    setwise promote {plan.name}    setwise ui")
+
+
+@app.command()
+def sweep(
+    study: Annotated[str, typer.Argument(help="study, by name or file")],
+    overrides: Overrides = None,
+    trials: Annotated[int | None, typer.Option(help="how many trials in all")] = None,
+    name: Annotated[str | None, typer.Option(help="name of the study [default: its file's]")] = None,
+    store: StoreOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be swept, and sweep nothing")] = False,
+) -> None:
+    """Run a study with Ray Tune and Optuna. The same command again goes on where it stopped."""
+    from setwise.sweeps import space
+
+    given = [*(overrides or []), *([f"trials={trials}"] if trials is not None else [])]
+    spec, base = space.load(study, given)
+    title = name or Path(study).stem
+    varied = ", ".join(spec.space)
+    say(f"study '{title}': {spec.trials} trials of {spec.recipe}, {base.train.epochs} epochs, over {varied}")
+    if dry_run:
+        return
+    from setwise.platform import cluster
+    from setwise.sweeps import report
+    from setwise.sweeps import run as sweeps
+
+    folder = open_store(store)
+    try:
+        with cluster.connect():
+            outcome = sweeps.run_study(spec, base, title, folder, open_tracker(folder), say)
+    except KeyboardInterrupt:
+        again = " ".join(["setwise sweep", study, *given, "--name", title])
+        say(f"interrupted; nothing is lost. To go on: {again}")
+        raise
+    report.show_outcome(outcome, results)
+    say(f"next: setwise compare {title}    setwise eval best:{title}    setwise promote best:{title}")
+    if outcome.failed:
+        reasons = "; ".join(f"trial {number}: {reason}" for number, reason in outcome.failed.items())
+        raise TrialsFailedError(f"{len(outcome.failed)} trials failed: {reasons}")
+
+
+@app.command("eval")
+def evaluate(reference: Ref, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Measure a checkpoint on every benchmark of its data set."""
+    from setwise.pipelines import evaluate as evaluation
+    from setwise.pipelines import references, tables
+
+    folder = open_store(store)
+    tracker = open_tracker(folder)
+    resolved = references.resolve(reference, folder, tracker)
+    say(f"evaluating {resolved.label} on the test split")
+    outcomes = evaluation.evaluate(resolved, folder)
+    if resolved.run is not None:
+        tracker.deliver(resolved.run)
+    if as_json:
+        emit({"reference": resolved.label, "benchmarks": [outcome.to_json() for outcome in outcomes]})
+    else:
+        for outcome in outcomes:
+            results.print(tables.outcome(outcome))
+
+
+@app.command()
+def compare(
+    references: Annotated[list[str], typer.Argument(metavar="REF...", help="runs, or a study for all of its trials")],
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Runs beside each other: settings that differ, and what was measured."""
+    from setwise.pipelines import compare as comparison
+    from setwise.pipelines import tables
+    from setwise.pipelines.references import find_runs
+
+    folder = open_store(store)
+    compared = comparison.compare([run for text in references for run in find_runs(text, folder)])
+    if as_json:
+        emit(compared.to_json())
+    else:
+        results.print(tables.comparison(compared))
+
+
+@app.command()
+def promote(
+    reference: Ref,
+    store: StoreOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="decide, and change nothing")] = False,
+    override: Annotated[str | None, typer.Option(help="promote whatever the gate says, for this reason")] = None,
+) -> None:
+    """Make a run's best checkpoint the champion, if no benchmark says that it is worse."""
+    from setwise.pipelines import promote as promotion
+    from setwise.pipelines import references
+
+    folder = open_store(store)
+    tracker = open_tracker(folder)
+    resolved = references.resolve(reference, folder, tracker)
+    say(f"evaluating {resolved.label} on the test split")
+    done = promotion.promote(resolved, folder, tracker, dry_run, override)
+    results.print(done.describe(resolved.label), soft_wrap=True)
+
+
+@app.command()
+def search(
+    query: Annotated[str, typer.Argument(help="a caption in quotes, or the path of an image")],
+    reference: Annotated[str | None, typer.Option("--model", help="REF of the model [default: the champion]")] = None,
+    top: Annotated[int, typer.Option("-k", "--top", min=1, max=1000)] = 5,
+    save: Annotated[Path | None, typer.Option(help="write the images found to this folder")] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find images for a caption, or captions for an image, with the champion."""
+    from setwise.pipelines import references, tables
+    from setwise.pipelines import search as searching
+
+    folder = open_store(store)
+    resolved = references.resolve(reference or "models:/setwise-digits@champion", folder, open_tracker(folder))
+    answer = searching.search(query, resolved, folder, top)
+    if answer.unknown_words:
+        say(f"the model has never read: {', '.join(answer.unknown_words)}")
+    if as_json:
+        emit(answer.to_json())
+    else:
+        results.print(tables.answer(query, answer))
+    if save is not None:
+        say(f"wrote {len(searching.export_images(answer, folder, save))} images to {save}")
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="port on this machine")] = 5000,
+    store: StoreOption = None,
+) -> None:
+    """Open the MLflow pages on the store, on this machine only."""
+    folder = open_store(store)
+    tracker = open_tracker(folder)
+    say(f"MLflow on http://127.0.0.1:{port}, showing {tracker.uri}; Ctrl-C ends it")
+    arguments = ["--backend-store-uri", tracker.uri, "--default-artifact-root", tracker.artifacts.as_uri()]
+    server = ["-m", "mlflow", "server", *arguments, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # nobody runs jobs through these pages
+    os.execv(sys.executable, [sys.executable, *server])
+
+
+def main() -> None:
+    """Run a verb; a user's mistake is one message and an exit code, a defect of ours keeps its traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except SetwiseError as error:
+        progress.print(f"error: {error}", markup=False, style="red")
+        sys.exit(error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if not hasattr(error, "show"):  # typer's usage errors can show themselves; their base class is private
+            raise
+        error.show()
+        sys.exit(ConfigError.exit_code)
+
+
+if __name__ == "__main__":
+    main()

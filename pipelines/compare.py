@@ -1,0 +1,82 @@
+"""Comparison of runs: which settings differ, and what was measured of each."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from setwise.pipelines import evaluate, references
+from setwise.platform import config, run, storage
+from setwise.platform.run import Run
+
+VALIDATION = "val/rsum"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: the settings in which the compared runs differ, and its values."""
+
+    name: str
+    status: str
+    epochs: int
+    settings: dict[str, Any]
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs beside each other, the best validation value first. `mixed` names benchmarks whose protocols differ."""
+
+    rows: list[Row]
+    mixed: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "runs": [
+                {"name": r.name, "status": r.status, "epochs": r.epochs, "settings": r.settings, "values": r.values}
+                for r in self.rows
+            ],
+            "not_comparable": self.mixed,
+        }
+
+
+def compare(runs: list[Run]) -> Comparison:
+    """Runs beside each other. Values under different protocols are left out, and their benchmarks named."""
+    flat = {training: config.flatten(config.read_yaml(training.config).values) for training in runs}
+    names = sorted({name for settings in flat.values() for name in settings})
+    differing = [name for name in names if len({json.dumps(s.get(name)) for s in flat.values()}) > 1]
+    mixed = _mixed_protocols(runs)
+    rows = []
+    for training, settings in flat.items():
+        values = {}
+        best = references.best_value(training)
+        if best is not None:
+            values[VALIDATION] = best
+        for benchmark, measured in evaluate.recorded(training).items():
+            if benchmark not in mixed:
+                values |= {f"{benchmark}/{metric}": value for metric, value in measured.items()}
+        events = run.read_events(training.events)
+        epochs = max((e["step"] for e in events if e["kind"] == "metrics" and e["series"] == "train"), default=0)
+        shown = {name: settings.get(name) for name in differing}
+        rows.append(Row(training.name, _status(events), epochs, shown, values))
+    rows.sort(key=lambda row: (-row.values.get(VALIDATION, float("-inf")), row.name))
+    return Comparison(rows, mixed)
+
+
+def _status(events: list[dict[str, Any]]) -> str:
+    """How a run ended, in the words of its record; `unfinished` if it did not."""
+    statuses = [
+        e["values"]["setwise.status"] for e in events if e["kind"] == "tags" and "setwise.status" in e["values"]
+    ]
+    return str(statuses[-1]).lower() if statuses else "unfinished"
+
+
+def _mixed_protocols(runs: list[Run]) -> list[str]:
+    """Benchmarks that were not measured under one protocol."""
+    fingerprints: dict[str, set[str]] = {}
+    for training in runs:
+        for path in training.evaluation.glob("*.json"):
+            content = storage.read_json(path)
+            fingerprints.setdefault(content["benchmark"], set()).add(content["fingerprint"])
+    return sorted(name for name, found in fingerprints.items() if len(found) > 1)

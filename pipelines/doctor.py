@@ -1,0 +1,96 @@
+"""`setwise doctor`: is everything here that a training needs, and what to do where it is not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from setwise.pipelines import datasets, prepare
+from setwise.platform.errors import DataError
+
+MIN_FREE_GB = 5
+REQUIRED = ("ray", "torch", "torchvision", "mlflow", "optuna", "pyarrow", "safetensors", "pycocotools")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at. `ok` False means that something will not work; `advice` says what to do."""
+
+    name: str
+    ok: bool
+    found: str
+    advice: str = ""
+
+
+def examine(store: Path) -> list[Check]:
+    """Look at Python, packages, processors, the store and the data; changes nothing but a probe file in the store."""
+    return [_python(), *_packages(), _torch(), _store(store), _ray(), *_data(store)]
+
+
+def _python() -> Check:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Check("python", sys.version_info >= (3, 11), version, "Python 3.11 or newer: make PYTHON=python3.12 install")
+
+
+def _packages() -> list[Check]:
+    checks = []
+    for name in REQUIRED:
+        try:
+            checks.append(Check(name, True, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            checks.append(Check(name, False, "not installed", "make install"))
+    return checks
+
+
+def _torch() -> Check:
+    try:
+        import torch
+        import torchvision
+    except Exception as error:
+        return Check(
+            "torch with torchvision", False, str(error).splitlines()[0], "install the pair together: make install"
+        )
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    found = ", ".join(devices) or f"no GPU; {len(os.sched_getaffinity(0))} CPUs"
+    return Check("torch with torchvision", True, f"{torch.__version__} with {torchvision.__version__}: {found}")
+
+
+def _store(store: Path) -> Check:
+    free = shutil.disk_usage(store).free / 1e9
+    try:
+        with tempfile.TemporaryFile(dir=store) as probe:
+            probe.write(b"setwise")
+    except OSError as error:
+        return Check("store", False, f"{store}: {error.strerror}", "choose another folder: --store or SETWISE_STORE")
+    return Check(
+        "store", free > MIN_FREE_GB, f"{store}, {free:.0f} GB free", f"free {MIN_FREE_GB} GB, or move the store"
+    )
+
+
+def _ray() -> Check:
+    address = os.environ.get("RAY_ADDRESS")
+    return Check("ray cluster", True, address or "none named: each command starts its own on this machine")
+
+
+def _data(store: Path) -> list[Check]:
+    checks = []
+    for name in datasets.known():
+        try:
+            checks.append(Check(f"data: {name}", True, prepare.open_prepared(name, store).describe()))
+        except DataError:
+            checks.append(Check(f"data: {name}", True, f"not prepared yet: setwise data prepare {name}"))
+    return checks
+
+
+def table(checks: list[Check]) -> Table:
+    shown = Table(box=None, show_header=False)
+    for check in checks:
+        shown.add_row("ok" if check.ok else "FAIL", check.name, check.found, "" if check.ok else check.advice)
+    return shown

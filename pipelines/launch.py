@@ -1,0 +1,159 @@
+"""Launching a training: its name, its record, and the workers of Ray Train that run the loop of train.py."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from setwise.pipelines import prepare, records
+from setwise.pipelines.recipe import Recipe
+from setwise.platform import cluster, config, run, storage
+from setwise.platform.errors import SetwiseError
+from setwise.platform.run import Run
+from setwise.platform.tracking import Courier, Tracker
+
+Say = Callable[[str], None]
+POLL_S = 0.3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training before it starts: what it is called, where it is kept, how long it is."""
+
+    name: str
+    recipe: Recipe
+    store: Path
+    experiment: str
+    steps_per_epoch: int
+
+    def describe(self) -> str:
+        train = self.recipe.train
+        return (
+            f"run '{self.name}': {train.epochs} epochs of {self.steps_per_epoch} steps, {train.batch_size} images a "
+            f"step over {train.workers} worker{'s' if train.workers > 1 else ''}, "
+            f"K = {self.recipe.model.set_prediction.num_slots}, D = {self.recipe.model.embed_size}"
+        )
+
+
+def plan(recipe_name: str, recipe: Recipe, name: str | None, store: Path) -> Plan:
+    """The training of `recipe`, called `name`, or after the recipe and a hash of its settings.
+
+    The same settings give the same name, so the same command finds its run again.
+
+    Raises:
+        ConfigError: the name cannot be one.
+        DataError: the data is not prepared.
+    """
+    title = Path(recipe_name).stem
+    prepared = prepare.open_prepared(recipe.data.name, store)
+    digest = storage.fingerprint([recipe.model_dump(mode="json"), prepared.fingerprint])[:6]
+    images = prepared.manifest["splits"]["train"]["images"]
+    steps = max(1, images // recipe.train.batch_size)
+    return Plan(run.check_name(name or f"{title}-{digest}"), recipe, store, title, steps)
+
+
+def execute(plan: Plan, tracker: Tracker, say: Say) -> Run:
+    """Train as planned, from where an earlier start of the same plan stopped, and deliver the record to MLflow."""
+    training = run.create(plan.store / "runs", plan.name, config.to_yaml(plan.recipe), plan.experiment)
+    with storage.lease(training.folder / "lease", f"run '{plan.name}'"), Courier(tracker) as courier:
+        courier.add(training)
+        if records.ended(training):
+            say(f"run '{plan.name}' is complete already")
+            return training
+        epochs = plan.recipe.train.epochs
+        with cluster.connect():
+            train_with_ray(plan.recipe, training, plan.store, on_epoch=lambda values: say(epoch_line(values, epochs)))
+        records.end(training, "FINISHED")
+    return training
+
+
+def epoch_line(values: dict[str, Any], epochs: int) -> str:
+    """One epoch as a line of progress."""
+    return (
+        f"epoch {values['epoch']:.0f}/{epochs}  {values['train/seconds']:.0f} s  loss {values['train/total']:.4f}  "
+        f"val RSUM {values['val/rsum']:.1f}  i2t R@1 {values['val/i2t_R1']:.1f}  t2i R@1 {values['val/t2i_R1']:.1f}"
+    )
+
+
+def train_with_ray(
+    recipe: Recipe,
+    training: Run,
+    store: Path,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    max_failures: int = 2,
+) -> None:
+    """Train in the workers of Ray Train, on GPUs where the cluster has enough of them.
+
+    A worker that dies is replaced, up to `max_failures` times; the loop then finds the newest checkpoint by itself.
+    Ray's own record of the run is written to a new folder each time, and never read.
+
+    Args:
+        on_epoch: called here, in this thread, with each epoch's metrics as they appear in the run's record.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    workers = recipe.train.workers
+    use_gpu = cluster.gpus() >= workers
+    attempts = training.folder / "ray"
+    attempt = f"attempt_{len(list(attempts.glob('*'))) if attempts.exists() else 0:03d}"
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": str(training.folder), "store": str(store)},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": 1}
+        ),
+        run_config=RunConfig(
+            name=attempt,
+            storage_path=str(attempts),
+            failure_config=FailureConfig(max_failures=max_failures),
+        ),
+    )
+    # Ray Train's callbacks run in a process of Ray's; the record is read instead, while fit() waits in a thread.
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    told = 0
+    while True:
+        alive = thread.is_alive()  # asked before reading: what came in between is read in the next turn
+        epochs = [event["values"] for event in run.read_events(training.events) if event.get("series") == "train"]
+        for values in epochs[told:]:
+            if on_epoch is not None:
+                on_epoch(values)
+        told = len(epochs)
+        if not alive:
+            break
+        thread.join(POLL_S)
+    if failure:
+        raise _explained(failure[0], training) from failure[0]
+
+
+def _explained(error: BaseException, training: Run) -> BaseException:
+    """An error of Ray Train as a user reads it: what the worker said, not how Ray carried it here."""
+    lines = [line.strip() for line in str(error).splitlines() if "DivergedError:" in line or "DataError:" in line]
+    if lines:
+        return SetwiseError(f"{lines[-1].partition('Error: ')[2]} (run {training.folder})")
+    return error
+
+
+def _ray_worker(settings: dict[str, Any]) -> None:
+    import ray.train
+    import ray.train.torch
+
+    from setwise.pipelines.train import Worker, train
+
+    context = ray.train.get_context()
+    worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    recipe = Recipe.model_validate(settings["recipe"])
+    train(recipe, Run(Path(settings["run"])), Path(settings["store"]), worker, ray.train.report)

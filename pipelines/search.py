@@ -1,0 +1,101 @@
+"""Search: a caption finds images, an image finds captions, by a model that was trained here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from setwise.pipelines import batches, index, prepare, shards, trained_model
+from setwise.pipelines.images import BadImageError, encode_jpeg, read_rgb
+from setwise.pipelines.references import Reference
+from setwise.platform.errors import ConfigError, DataError
+
+MAX_QUERY_CHARACTERS = 2_000
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One answer: for a caption query an image with the captions written for it, for an image query a caption."""
+
+    score: float
+    image_id: int
+    captions: list[str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The hits, best first, and which words of the query the model does not know."""
+
+    model: str
+    dataset: str
+    split: str
+    hits: list[Hit]
+    unknown_words: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def search(query: str, reference: Reference, store: Path, top: int = 5, split: str = "test") -> Answer:
+    """Rank a split of the model's data set for `query`: a path of an image file, or a caption.
+
+    Raises:
+        ConfigError: the query is empty or too long, or `top` is not positive.
+        DataError: the image cannot be read.
+    """
+    if top < 1:
+        raise ConfigError(f"top is {top}; ask for at least one answer")
+    model = trained_model.load(reference.checkpoint)
+    prepared = prepare.open_prepared(model.recipe.data.name, store)
+    gallery = index.open_split(model, prepared, split)
+    sets = index.embeddings(model, prepared, gallery, store)
+    name = prepared.manifest["name"]
+
+    if Path(query).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+        pixels = batches.decode(_image_file(Path(query)), model.recipe.data.image_size)
+        scores = model.scores(model.encode_images(pixels[None]), sets.text_sets)[0]
+        texts = [text for captions in gallery.captions for text in captions]
+        hits: list[Hit] = []
+        for place in scores.argsort(descending=True).tolist():
+            if any(texts[place] in hit.captions for hit in hits):
+                continue  # the same sentence was written for several images
+            hits.append(Hit(float(scores[place]), int(gallery.image_ids[sets.owners[place]]), [texts[place]]))
+            if len(hits) == top:
+                break
+        return Answer(reference.label, name, split, hits, [])
+
+    text = " ".join(query.split())
+    if not text or len(text) > MAX_QUERY_CHARACTERS:
+        raise ConfigError(f"the query has {len(text):,} characters; it takes 1 to {MAX_QUERY_CHARACTERS:,}")
+    scores = model.scores(sets.image_sets, model.encode_captions([text]))[:, 0]
+    best = scores.topk(min(top, len(scores)))
+    found = [
+        Hit(float(score), int(gallery.image_ids[place]), gallery.captions[place])
+        for score, place in zip(best.values, best.indices.tolist(), strict=True)
+    ]
+    return Answer(reference.label, name, split, found, model.vocabulary.unknown(text))
+
+
+def _image_file(path: Path) -> bytes:
+    """The bytes of an image, checked and stored again as an upright RGB JPEG of high quality."""
+    try:
+        return encode_jpeg(read_rgb(path.read_bytes()), quality=98)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    except BadImageError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def export_images(answer: Answer, store: Path, folder: Path) -> list[Path]:
+    """Write the images of an answer to `folder`, best first, to be looked at."""
+    prepared = prepare.open_prepared(answer.dataset, store)
+    table = shards.read(prepared.folder, prepared.manifest["splits"][answer.split], ("image_id", "image"))
+    jpegs = dict(zip(table.column("image_id").to_pylist(), table.column("image"), strict=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for rank, hit in enumerate(answer.hits, start=1):
+        path = folder / f"{rank:02d}_{hit.image_id}.jpg"
+        path.write_bytes(jpegs[hit.image_id].as_py())
+        paths.append(path)
+    return paths
