@@ -25,9 +25,10 @@ def conv_norm_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> l
 class ConvNet(nn.Module):
     """A small convolutional network for small images, trained from scratch: 64x64 pixels become 8x8 local features.
 
-    The first two layers halve height and width; the others keep a quarter of the resolution, at which strokes of a few
-    pixels can still be told apart; a maximum over 2x2 cells then leaves as few local features as slots can read
-    cheaply. `local_dim` is the width of the last layer.
+    The first two layers halve height and width, and the third keeps a quarter of the resolution, at which strokes of a
+    few pixels can still be told apart; then the maximum over 2x2 cells leaves as few local features as slots can read
+    cheaply, and the other layers work on those. A projection to the width of an embedding follows, of each cell alone, as
+    in the paper; `local_dim` is that width.
 
     A caption speaks of places, and slot attention's position code enters keys only, so a slot could look at a place
     without being able to say which. A position code is therefore added to the features themselves, ahead of a layer
@@ -36,21 +37,20 @@ class ConvNet(nn.Module):
 
     def __init__(self, config: ConvNetConfig, embed_size: int) -> None:
         super().__init__()
-        self.local_dim = config.channels[-1]
+        self.local_dim = embed_size
         layers: list[nn.Module] = []
         width = 3
         for depth, channels in enumerate(config.channels):
             layers += conv_norm_relu(width, channels, kernel=5 if depth == 0 else 3, stride=2 if depth < 2 else 1)
             width = channels
-        self.layers = nn.Sequential(*layers, nn.MaxPool2d(2))
-        self.place = nn.Linear(self.local_dim, self.local_dim)
-        self.what_and_where = nn.Sequential(
-            nn.LayerNorm(self.local_dim),
-            nn.Linear(self.local_dim, self.local_dim),
-            nn.ReLU(inplace=True),
-            nn.Linear(self.local_dim, self.local_dim),
+            if depth == min(2, len(config.channels) - 1):
+                layers.append(nn.MaxPool2d(2))
+        self.layers = nn.Sequential(*layers)
+        self.place = nn.Linear(width, width)
+        self.project = nn.Linear(width, embed_size)
+        self.refine = nn.Sequential(
+            nn.LayerNorm(embed_size), nn.Linear(embed_size, embed_size), nn.ReLU(), nn.Linear(embed_size, embed_size)
         )
-        self.to_global = nn.Linear(self.local_dim, embed_size)
 
     def forward(self, images: Tensor, lengths: Tensor | None = None) -> Features:
         """`images` (B,3,H,W): uint8 0..255, or floats already normalised. N = H/8 * W/8, row by row.
@@ -60,12 +60,13 @@ class ConvNet(nn.Module):
         """
         if lengths is not None:
             raise ValueError("a grid of pixels has no padding: call the convolutional encoder without lengths")
-        dtype = self.to_global.weight.dtype
+        dtype = self.project.weight.dtype
         x = (images.to(dtype) / 255 - 0.5) / 0.25 if images.dtype == torch.uint8 else images.to(dtype)
         x = self.layers(x)
         rows, columns = x.shape[-2:]
-        local_BNX = x.flatten(2).transpose(1, 2)
-        code_NX = self.place(sine_code_2d(rows, columns, self.local_dim, x.device).to(dtype))
-        local_BNX = local_BNX + self.what_and_where(local_BNX + code_NX)
+        seen_BNX = x.flatten(2).transpose(1, 2)
+        code_NX = self.place(sine_code_2d(rows, columns, seen_BNX.shape[-1], x.device).to(dtype))
+        projected_BND = self.project(seen_BNX + code_NX)
+        local_BND = projected_BND + self.refine(projected_BND)
         # The maximum, as in the paper's setting for regions: something is in the picture if it is anywhere in it.
-        return Features(local_BNX, self.to_global(local_BNX.amax(1)), grid=(rows, columns))
+        return Features(local_BND, local_BND.amax(1), grid=(rows, columns))

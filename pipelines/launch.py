@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,4 +157,6 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     recipe = Recipe.model_validate(settings["recipe"])
-    train(recipe, Run(Path(settings["run"])), Path(settings["store"]), worker, ray.train.report)
+    training = Run(Path(settings["run"]))
+    with run.writing(training) if worker.rank == 0 else contextlib.nullcontext():
+        train(recipe, training, Path(settings["store"]), worker, ray.train.report)

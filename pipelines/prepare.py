@@ -13,6 +13,7 @@ shards in flight, and no row passes through the driver. The result depends on no
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def prepare(source: Source, target: Path, settings: PrepareConfig, say: Say) -> 
 
     with storage.publish_folder(target) as building:
         say(f"preparing {len(rows):,} images of '{source.name}' with Ray Data")
-        written = _write_shards(rows, building, settings)
+        written = _write_shards(_tasks(rows, settings.rows_per_shard), building, settings)
         quarantine = [bad for shard in written for bad in shard.quarantine]
         bad_images = len(rows) - sum(shard.images for shard in written)
         if bad_images > settings.max_bad_share * len(rows):
@@ -159,21 +160,25 @@ def _size(path: Path) -> int:
         return -1
 
 
-def _write_shards(rows: list[Row], folder: Path, settings: PrepareConfig) -> list[Shard]:
-    """Write all shards, one Ray Data task each; the answers come back in the order of the rows."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
+def _tasks(rows: list[Row], rows_per_shard: int) -> list[dict[str, str]]:
+    """One task a shard: the file to write, and its rows as JSON, since Ray Data would store nested lists as pickles."""
     tasks = []
     for split in datasets.SPLITS:
         members = [row for row in rows if row.split == split]
-        for number, start in enumerate(range(0, len(members), settings.rows_per_shard)):
-            part = members[start : start + settings.rows_per_shard]
-            # As JSON text: Ray Data would store nested lists as pickles.
+        for number, start in enumerate(range(0, len(members), rows_per_shard)):
+            part = members[start : start + rows_per_shard]
             tasks.append({"file": f"{split}-{number:05d}.parquet", "rows": shards.dump_rows(part)})
+    return tasks
 
+
+def _write_shards(tasks: list[dict[str, str]], folder: Path, settings: PrepareConfig) -> list[Shard]:
+    """Write all shards, one Ray Data task each; the answers come back in the order of the tasks."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
     side, quality = settings.shorter_side, settings.jpeg_quality
 
     def write(task: dict[str, str]) -> dict[str, str]:

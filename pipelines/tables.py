@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from setwise.pipelines.benchmarks import Outcome
 from setwise.pipelines.compare import VALIDATION, Comparison
@@ -14,26 +16,24 @@ RECALLS = tuple(f"{direction}_R{k}" for direction in ("i2t", "t2i") for k in (1,
 COMPARED = ("rsum", "t2i_map_at_r")
 
 
-def outcome(measured: Outcome) -> Table:
+def outcome(measured: Outcome) -> RenderableType:
     """The values of one benchmark, with the protocol they were measured under."""
     protocol = measured.protocol
     folds = f"{protocol['folds']} x {protocol['images_per_fold']:,} images" if "images_per_fold" in protocol else ""
     gallery = folds or f"{protocol['images']:,} images, {protocol['captions']:,} captions"
-    table = Table(
-        title=f"{measured.benchmark}: {gallery}, {protocol['grouping']}, protocol {measured.fingerprint}",
-        title_justify="left",
-    )
+    title = f"{measured.benchmark}: {gallery}, {protocol['grouping']}, protocol {measured.fingerprint}"
+    table = Table()
     ranked = [name for name in measured.values if "rank" not in name]
     names = ranked if "rsum" not in measured.values else [*RECALLS, "rsum"]
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
     table.add_row(*(f"{measured.values[name]:.1f}" for name in names))
-    return table
+    return Group(Text(title), table)
 
 
 def comparison(compared: Comparison) -> Table:
     """Runs beside each other: the settings that differ, then what was measured."""
-    table = Table(title_justify="left", caption_justify="left")
+    table = Table(caption_justify="left")
     table.add_column("run")
     table.add_column("status")
     table.add_column("epochs", justify="right")
@@ -58,17 +58,15 @@ def comparison(compared: Comparison) -> Table:
     return table
 
 
-def answer(query: str, found: Answer) -> Table:
+def answer(query: str, found: Answer) -> RenderableType:
     """What a search found."""
-    table = Table(
-        title=f"{query}  ({found.dataset} {found.split}, {found.model})", title_justify="left", show_lines=True
-    )
+    table = Table(show_lines=True)
     table.add_column("score", justify="right")
     table.add_column("image", justify="right")
     table.add_column("captions")
     for hit in found.hits:
         table.add_row(f"{hit.score:.3f}", str(hit.image_id), "\n".join(hit.captions))
-    return table
+    return Group(Text(f"'{query}' in {found.dataset} {found.split}, by {found.model}"), table)
 
 
 def plain(value: Any) -> str:

@@ -18,6 +18,7 @@ import torch.distributed.nn.functional
 from torch import Tensor, nn
 
 from setwise.models.losses import LossParts, set_embedding_loss
+from setwise.models.set_prediction import SetEmbedding
 from setwise.pipelines import batches, metrics, optimizer, prepare, records, trained_model
 from setwise.pipelines.batches import Batch, Split
 from setwise.pipelines.recipe import Recipe
@@ -141,16 +142,16 @@ def batch_loss(
 ) -> LossParts:
     """The loss of one global batch.
 
-    Sets are gathered from all workers with their gradients, so that every worker sees the negatives of all. Each then
-    computes the same loss, and the sum over workers that gathering's backward takes is undone by the mean that
-    DistributedDataParallel takes. Diversity is a mean over samples and stays local: the mean of its means is the same.
+    Sets and slots are gathered from all workers with their gradients, so that every worker sees the negatives of all.
+    Each then computes the same loss, and the sum over workers that gathering's backward takes is undone by the mean
+    that DistributedDataParallel takes.
     """
     images, texts = forward(batch.images, batch.tokens, batch.lengths)
     owners = batch.owners
     if worker.world > 1:
         owners = _gather_owners(owners, len(batch.images), worker)
-        images = images._replace(sets=_gather(images.sets))
-        texts = texts._replace(sets=_gather_ragged(texts.sets, worker))
+        images = SetEmbedding(*(_gather(part, worker) for part in (images.sets, images.slots)))
+        texts = SetEmbedding(*(_gather(part, worker) for part in (texts.sets, texts.slots)))
     scores = retrieval.similarity(images.sets, texts.sets)
     positives = owners[None, :] == torch.arange(len(images.sets), device=owners.device)[:, None]
     return set_embedding_loss(scores, positives, images, texts, recipe.loss, negatives=recipe.loss.negatives_at(epoch))
@@ -196,7 +197,7 @@ def _point_to_best(run: Run, history: list[dict[str, float]]) -> str:
 
 
 def _divergence(step: int, epoch: int, parts: LossParts, norm: Tensor) -> str:
-    values = ", ".join(f"{name} {float(value):g}" for name, value in parts._asdict().items())
+    values = ", ".join(f"{name} {float(value.detach()):g}" for name, value in parts._asdict().items())
     return (
         f"the loss is not finite any more at step {step} (epoch {epoch}): {values}, gradient norm {float(norm):g}. "
         "The checkpoints before it are kept. Try a lower optimizer.lr or optimizer.clip_norm."
@@ -208,15 +209,10 @@ def _synchronize(worker: Worker) -> None:
         torch.distributed.barrier()
 
 
-def _gather(sets: Tensor) -> Tensor:
-    """Equal shares of all workers in the order of ranks, with gradients."""
-    return torch.cat(torch.distributed.nn.functional.all_gather(sets))  # type: ignore[no-untyped-call]
-
-
-def _gather_ragged(sets: Tensor, worker: Worker) -> Tensor:
-    """As `_gather`, where workers may have different numbers of rows: padded to the longest, then cut."""
-    counts = _counts(len(sets), sets.device, worker)
-    padded = torch.cat([sets, sets.new_zeros(max(counts) - len(sets), *sets.shape[1:])])
+def _gather(rows: Tensor, worker: Worker) -> Tensor:
+    """The rows of all workers in the order of ranks, with gradients. Shares may differ: they are padded, then cut."""
+    counts = _counts(len(rows), rows.device, worker)
+    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
     parts = torch.distributed.nn.functional.all_gather(padded)  # type: ignore[no-untyped-call]
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 

@@ -20,6 +20,7 @@ import platform  # the standard library's: this folder has no __init__.py, so it
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from setwise.platform.errors import ConfigError, DataError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 MAX_DIFF_BYTES = 1_000_000
+WRITER_WAIT_S = 60
 RECORDED_PACKAGES = ("setwise", "ray", "torch", "torchvision", "mlflow", "optuna", "numpy", "pyarrow", "pillow")
 
 
@@ -81,6 +83,13 @@ class Run:
             raise DataError(f"{self.folder}: this run has no checkpoint yet") from error
         checkpoint.verify(folder)
         return folder
+
+
+@contextlib.contextmanager
+def writing(run: Run) -> Iterator[None]:
+    """Be the one process that trains `run`. What a killed driver left behind may train on for some seconds: wait."""
+    with storage.lease(run.folder / "writer.lease", f"run '{run.name}'", wait_s=WRITER_WAIT_S):
+        yield
 
 
 def check_name(name: str) -> str:

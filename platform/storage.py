@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,22 +100,30 @@ class LeaseHeldError(SetwiseError):
 
 
 @contextlib.contextmanager
-def lease(path: Path, what: str) -> Iterator[None]:
+def lease(path: Path, what: str, wait_s: float = 0) -> Iterator[None]:
     """Own `what` while the block runs.
 
     A lock of the operating system on an open file: it ends with its process, however that dies, so none is ever stale.
+
+    Args:
+        wait_s: how long to wait for an owner to end, in seconds.
 
     Raises:
         LeaseHeldError: another live process owns it; the message names that process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            owner = stream.read().strip() or "an unknown process"
-            raise LeaseHeldError(f"{what} is in use by {owner}. Wait for it, or stop it.") from None
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    stream.seek(0)
+                    owner = stream.read().strip() or "an unknown process"
+                    raise LeaseHeldError(f"{what} is in use by {owner}. Wait for it, or stop it.") from None
+            time.sleep(0.1)
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {os.uname().nodename}")
         stream.flush()

@@ -152,7 +152,8 @@ def _trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
         tune.report({"epoch": int(values["epoch"]), "rsum": values[train.METRIC], "trial": config["trial"]})
 
     if recipe.train.workers == 1:
-        train.train(recipe, training, store, train.Worker(device=trained_model.default_device()), report)
+        with run.writing(training):
+            train.train(recipe, training, store, train.Worker(device=trained_model.default_device()), report)
     else:
         launch.train_with_ray(recipe, training, store, on_epoch=report)
 

@@ -72,10 +72,10 @@ def test_settings_cannot_be_changed_afterwards() -> None:
         LossConfig().margin = 0.3  # type: ignore[misc]
 
 
-def test_hardest_negatives_begin_when_the_warm_up_ends() -> None:
-    config = LossConfig(all_negatives_epochs=1.5)
-    assert [config.hardest_at(epoch) for epoch in (0, 1.49, 1.5, 2)] == [False, False, True, True]
-    assert LossConfig().hardest_at(0)
+def test_chosen_negatives_begin_when_the_warm_up_ends() -> None:
+    config = LossConfig(all_negatives_epochs=1.5, negatives="violating")
+    assert [config.negatives_at(epoch) for epoch in (0, 1.49, 1.5, 2)] == ["all", "all", "violating", "violating"]
+    assert LossConfig().negatives_at(0) == "hardest"
 
 
 def test_importing_the_settings_does_not_import_torch() -> None:

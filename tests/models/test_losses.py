@@ -38,7 +38,7 @@ def test_agrees_with_the_authors_code(case: str) -> None:
         SetEmbedding(inputs["img"], inputs["img_res"]),
         SetEmbedding(inputs["txt"], inputs["txt_res"]),
         LossConfig(margin=0.2, mmd_weight=0.01, mmd_gamma=0.5, diversity_weight=0.01),
-        hardest=bool(golden["hardest"]),
+        negatives="hardest" if golden["hardest"] else "all",
     )
     names = ("i2t_loss", "t2i_loss", "mmd_loss", "unif_loss", "loss")
     for name, part in zip(names, parts, strict=True):
@@ -110,13 +110,13 @@ def test_total_is_the_weighted_sum_and_a_part_of_weight_zero_reads_zero() -> Non
     images, texts = SetEmbedding(sets[0][:2], random(10, 2, 3, 8)), SetEmbedding(sets[1], random(11, 10, 3, 8))
     scores, positives = smooth_chamfer(images.sets, texts.sets, 16.0), five_captions_each(2)
     config = LossConfig(mmd_weight=0.3, diversity_weight=0.7)
-    parts = set_embedding_loss(scores, positives, images, texts, config, hardest=True)
+    parts = set_embedding_loss(scores, positives, images, texts, config, negatives="hardest")
     assert parts.mmd > 0 and parts.diversity > 0
     expected = triplet(scores, positives, 0.2, hardest=True) + 0.3 * parts.mmd + 0.7 * parts.diversity
     torch.testing.assert_close(parts.total, expected)
 
     none = LossConfig(mmd_weight=0, diversity_weight=0)
-    bare = set_embedding_loss(scores, positives, images, texts, none, hardest=True)
+    bare = set_embedding_loss(scores, positives, images, texts, none, negatives="hardest")
     assert bare.mmd == bare.diversity == 0
     torch.testing.assert_close(bare.total, bare.i2t + bare.t2i)
 
@@ -126,5 +126,5 @@ def test_half_precision_gives_float32_losses(dtype: torch.dtype) -> None:
     sets = F.normalize(random(12, 12, 4, 16), dim=-1).to(dtype)
     images, texts = SetEmbedding(sets[:2], sets[:2]), SetEmbedding(sets[2:], sets[2:])
     scores = smooth_chamfer(images.sets, texts.sets, 64.0)
-    parts = set_embedding_loss(scores, five_captions_each(2), images, texts, LossConfig(), hardest=True)
+    parts = set_embedding_loss(scores, five_captions_each(2), images, texts, LossConfig(), negatives="hardest")
     assert all(part.dtype == torch.float32 and part.isfinite() for part in parts)

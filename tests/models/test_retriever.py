@@ -78,7 +78,7 @@ def test_the_loss_reaches_every_parameter() -> None:
     image_sets, text_sets = model(images, tokens, LENGTHS)
     scores = Similarity(SimilarityConfig())(image_sets.sets, text_sets.sets)
     positives = torch.eye(6, dtype=torch.bool)
-    set_embedding_loss(scores, positives, image_sets, text_sets, LossConfig(), hardest=False).total.backward()
+    set_embedding_loss(scores, positives, image_sets, text_sets, LossConfig(), negatives="all").total.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -89,7 +89,7 @@ def test_it_learns_to_tell_six_pairs_apart() -> None:
     for step in range(60):
         image_sets, text_sets = model(images, tokens, LENGTHS)
         scores = similarity(image_sets.sets, text_sets.sets)
-        parts = set_embedding_loss(scores, positives, image_sets, text_sets, config, hardest=step >= 30)
+        parts = set_embedding_loss(scores, positives, image_sets, text_sets, config, negatives="hardest" if step >= 30 else "all")
         optimizer.zero_grad()
         parts.total.backward()
         optimizer.step()

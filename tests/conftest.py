@@ -1,0 +1,66 @@
+"""What several tests share: a small prepared data set, made once, without a cluster."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from setwise.pipelines import prepare, recipe, shards
+from setwise.pipelines.digits import DigitsConfig
+from setwise.pipelines.prepare import DigitsPreparation, PrepareConfig
+from setwise.pipelines.recipe import Recipe
+from setwise.pipelines.shards import Shard
+
+TINY_MODEL = [
+    "model.embed_size=16",
+    "model.image_encoder.channels=[8, 8]",
+    "model.text_encoder.word_dim=8",
+    "model.set_prediction.head_dim=4",
+    "train.batch_size=20",
+    "train.epochs=3",
+]
+"""Overrides that make the shipped recipe train in a second or two, through the same code."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One thread, so that sums have one order; a home of its own, so that no user's file is read or written."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    before = os.environ.get("HOME")
+    os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
+    for name in ("SETWISE_STORE", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        os.environ.pop(name, None)
+    yield
+    if before is not None:
+        os.environ["HOME"] = before
+
+
+def write_serially(tasks: list[dict[str, str]], folder: Path, settings: PrepareConfig) -> list[Shard]:
+    """What Ray Data does in preparation, in this process."""
+    return [
+        shards.write(folder / task["file"], shards.load_rows(task["rows"]), settings.shorter_side, settings.jpeg_quality)
+        for task in tasks
+    ]
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with `digits` prepared: 80, 30 and 50 images. Tests only add runs to it, under names of their own."""
+    folder = tmp_path_factory.mktemp("store")
+    settings = DigitsPreparation(
+        generate=DigitsConfig(train=80, val=30, test=50), prepare=PrepareConfig(rows_per_shard=32)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "_write_shards", write_serially)
+        prepare.prepare_digits(folder, settings, say=lambda message: None)
+    return folder
+
+
+@pytest.fixture
+def tiny_recipe() -> Recipe:
+    return recipe.load("digits_cnn_bigru", TINY_MODEL)

@@ -1,0 +1,93 @@
+"""Ray Train for real: two workers give the training that one gives, and survive the death of one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from setwise.pipelines import launch, recipe
+from setwise.platform import cluster, run
+from setwise.platform.config import to_yaml
+from setwise.platform.run import Run
+
+pytestmark = pytest.mark.ray
+TINY = [
+    "model.embed_size=16",
+    "model.image_encoder.channels=[8, 8]",
+    "model.text_encoder.word_dim=8",
+    "model.set_prediction.head_dim=4",
+    "train.batch_size=20",
+    "train.epochs=3",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_cluster() -> Iterator[None]:
+    with cluster.connect(cpus=3):
+        yield
+
+
+def start(store: Path, name: str, workers: int, *more: str) -> tuple[recipe.Recipe, Run]:
+    settings = recipe.load("digits_cnn_bigru", [*TINY, f"train.workers={workers}", *more])
+    return settings, run.create(store / "runs", name, to_yaml(settings), experiment="tests")
+
+
+def curve(training: Run) -> list[dict[str, float]]:
+    return [event["values"] for event in run.read_events(training.events) if event["kind"] == "metrics"]
+
+
+def test_two_workers_train_as_one_does(store: Path) -> None:
+    """The global batches and the loss over them are the same; only the order of float sums differs."""
+    curves = {}
+    for workers in (1, 2):
+        settings, training = start(store, f"workers-{workers}", workers)
+        told: list[dict[str, float]] = []
+        launch.train_with_ray(settings, training, store, on_epoch=told.append)
+        curves[workers] = curve(training)
+        assert told == curves[workers]
+    assert [values["epoch"] for values in curves[2]] == [1, 2, 3]
+    for name in ("train/i2t", "train/t2i", "train/mmd", "train/diversity", "train/total", "train/gradient_norm"):
+        one, two = ([values[name] for values in curves[workers]] for workers in (1, 2))
+        assert two == pytest.approx(one, rel=2e-4), name
+    for one_epoch, two_epoch in zip(curves[1], curves[2], strict=True):
+        assert two_epoch["val/rsum"] == pytest.approx(one_epoch["val/rsum"], abs=3)
+
+
+def _workers_of_train(marker: str) -> list[int]:
+    """Processes of Ray Train's workers in the cluster of this test."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    return [int(line.split()[0]) for line in listed.splitlines() if marker in line and str(os.getpid()) not in line]
+
+
+def test_a_killed_worker_is_replaced_and_the_run_ends_on_the_same_numbers(store: Path) -> None:
+    import threading
+
+    settings, undisturbed = start(store, "undisturbed", 2, "train.epochs=6")
+    launch.train_with_ray(settings, undisturbed, store)
+    settings, training = start(store, "disturbed", 2, "train.epochs=6")
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        while not curve(training):
+            time.sleep(0.02)
+        killed.extend(_workers_of_train("ray::RayTrainWorker")[:1])
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    launch.train_with_ray(settings, training, store)
+    killer.join()
+    assert killed
+    steps = [event["step"] for event in run.read_events(training.events) if event["kind"] == "metrics"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    without_time = [
+        [{name: value for name, value in values.items() if name != "train/seconds"} for values in curve(one)]
+        for one in (undisturbed, training)
+    ]
+    assert without_time[0] == without_time[1]
