@@ -186,11 +186,11 @@ def test_newest_falls_back_past_a_damaged_one_and_sets_it_aside(
     assert checkpoint.newest(tmp_path) == tmp_path / "epoch_0002"
 
 
-def test_newest_survives_every_damage_to_a_manifest(tmp_path: Path) -> None:
+def test_newest_falls_back_past_a_damaged_manifest(tmp_path: Path) -> None:
     save(tmp_path / "epoch_0001")
     save(tmp_path / "epoch_0002")
     path = tmp_path / "epoch_0002" / checkpoint.MANIFEST
-    path.write_bytes(path.read_bytes().replace(b'"size"', b'"size"'))
+    path.write_bytes(path.read_bytes().replace(b'"size"', b'"sizf"'))
     assert checkpoint.newest(tmp_path) == tmp_path / "epoch_0001"
 
 
@@ -233,9 +233,6 @@ def after(function, count=1):
             die()
         return value
     return wrapped
-
-class Stop(torch.Tensor):
-    pass
 
 point, folder = sys.argv[1], Path(sys.argv[2])
 if point == "after the weights":
@@ -295,35 +292,6 @@ def test_a_killed_writer_leaves_no_half_checkpoint(killed: dict[str, Path], poin
     assert sorted(path.name for path in parent.iterdir()) == ["epoch_0001", "epoch_0002"]
 
 
-REPLACER = """
-import os, signal, sys
-from pathlib import Path
-from setwise.platform import checkpoint
-import torch
-
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-rename = Path.rename
-def only_the_last(self, target):
-    if Path(target) == Path(sys.argv[1]):
-        die()
-    return rename(self, target)
-
-Path.rename = only_the_last
-checkpoint.save(Path(sys.argv[1]), {"w": torch.ones(5)}, {"value": 1.0}, {"step": 1})
-"""
-
-
-def test_a_writer_killed_while_it_replaces_a_checkpoint_loses_none(tmp_path: Path) -> None:
-    save(tmp_path / "epoch_0001", 0.0)
-    code = subprocess.run([sys.executable, "-c", REPLACER, str(tmp_path / "epoch_0001")], check=False).returncode
-    assert code == -signal.SIGKILL
-    kept = [path for path in tmp_path.iterdir() if (path / checkpoint.MANIFEST).is_file()]
-    checkpoint.verify(kept[0])
-    assert (tmp_path / "epoch_0001").is_dir(), f"the old one is gone and the new one is called {kept[0].name}"
-
-
 # --- nothing in a checkpoint is run -------------------------------------------------------------------------------
 
 
@@ -344,11 +312,11 @@ def test_a_pickle_in_the_training_state_is_not_run(folder: Path, tmp_path: Path)
         checkpoint.verify(folder)
         with pytest.raises(pickle.UnpicklingError):
             checkpoint.training_state(folder)
-        path.write_bytes(pickle.dumps(payload))
+        path.write_bytes(pickle.dumps(payload, protocol=2))
         with pytest.raises((pickle.UnpicklingError, RuntimeError)):
             checkpoint.training_state(folder)
         assert not canary.exists()
-    torch.load(path, weights_only=False)
+    pickle.loads(path.read_bytes())
     assert canary.exists(), "the payload would have worked"
 
 
