@@ -27,8 +27,8 @@ class ConvNet(nn.Module):
 
     The first two layers halve height and width, and the third keeps a quarter of the resolution, at which strokes of a
     few pixels can still be told apart; then the maximum over 2x2 cells leaves as few local features as slots can read
-    cheaply, and the other layers work on those. A projection to the width of an embedding follows, of each cell alone, as
-    in the paper; `local_dim` is that width.
+    cheaply, and the other layers work on those. As in the paper, each cell is then projected to the width of an
+    embedding, which is `local_dim`.
 
     A caption speaks of places, and slot attention's position code enters keys only, so a slot could look at a place
     without being able to say which. A position code is therefore added to the features themselves, ahead of a layer

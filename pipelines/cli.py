@@ -230,14 +230,12 @@ def sweep(
     say(f"study '{title}': {spec.trials} trials of {spec.recipe}, {base.train.epochs} epochs, over {varied}")
     if dry_run:
         return
-    from setwise.platform import cluster
     from setwise.sweeps import report
     from setwise.sweeps import run as sweeps
 
     folder = open_store(store)
     try:
-        with cluster.connect():
-            outcome = sweeps.run_study(spec, base, title, folder, open_tracker(folder), say)
+        outcome = sweeps.run_study(spec, base, title, folder, open_tracker(folder), say)
     except KeyboardInterrupt:
         again = " ".join(["setwise sweep", study, *given, "--name", title])
         say(f"interrupted; nothing is lost. To go on: {again}")

@@ -150,8 +150,8 @@ def batch_loss(
     owners = batch.owners
     if worker.world > 1:
         owners = _gather_owners(owners, len(batch.images), worker)
-        images = SetEmbedding(*(_gather(part, worker) for part in (images.sets, images.slots)))
-        texts = SetEmbedding(*(_gather(part, worker) for part in (texts.sets, texts.slots)))
+        images = SetEmbedding(sets=_gather(images.sets, worker), slots=_gather(images.slots, worker))
+        texts = SetEmbedding(sets=_gather(texts.sets, worker), slots=_gather(texts.slots, worker))
     scores = retrieval.similarity(images.sets, texts.sets)
     positives = owners[None, :] == torch.arange(len(images.sets), device=owners.device)[:, None]
     return set_embedding_loss(scores, positives, images, texts, recipe.loss, negatives=recipe.loss.negatives_at(epoch))

@@ -80,17 +80,17 @@ def verify(folder: Path) -> None:
     """
     try:
         manifest = storage.read_json(folder / MANIFEST)
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = {str(name): (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{folder}: no readable {MANIFEST}, so this is not a complete checkpoint") from error
     for name in INFERENCE_FILES:
         if name not in files:
             raise DataError(f"{folder}: {MANIFEST} lists no {name}")
-    for name, expected in files.items():
+    for name, (size, digest) in files.items():
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise DataError(f"{path}: missing from the checkpoint")
-        if path.stat().st_size != expected["size"] or storage.sha256(path) != expected["sha256"]:
+        if path.stat().st_size != size or storage.sha256(path) != digest:
             raise DataError(f"{path}: damaged (its content is not what {MANIFEST} recorded)")
 
 

@@ -58,8 +58,18 @@ class Layer:
     def merge(self, later: Layer) -> Layer:
         """This layer with `later` laid over it: mappings are merged key by key, everything else is replaced."""
         merged = Layer(_merged(self.values, later.values), dict(self.places))
+        for keys in later.places:
+            if not isinstance(_lookup(later.values, keys), dict):  # replaced whole: what was inside is gone
+                for inner in [place for place in merged.places if place[: len(keys)] == keys]:
+                    del merged.places[inner]
         merged.places.update(later.places)
         return merged
+
+
+def _lookup(values: Any, keys: Keys) -> Any:
+    for key in keys:
+        values = values[key]
+    return values
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -89,6 +99,14 @@ def parse_yaml(data: bytes, source: str) -> Layer:
     """As `read_yaml`, from bytes; `source` is the name that errors give."""
     try:
         node = YAML(typ="rt").load(io.StringIO(data.decode("utf-8")))
+        if node is None:
+            return Layer()
+        if not isinstance(node, Mapping):
+            raise ConfigError(f"{source}: expected a mapping of settings, found {type(node).__name__}")
+        layer = Layer()
+        layer.values = _plain(node, source, (), layer.places, [MAX_NODES])
+    except RecursionError as error:
+        raise ConfigError(f"{source}: nested too deeply") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source}: not UTF-8 (byte {error.start})") from error
     except MarkedYAMLError as error:
@@ -98,12 +116,6 @@ def parse_yaml(data: bytes, source: str) -> Layer:
         raise ConfigError(f"{where}: not valid YAML: {problem}") from error
     except (YAMLError, ValueError) as error:
         raise ConfigError(f"{source}: not valid YAML: {error}") from error
-    if node is None:
-        return Layer()
-    if not isinstance(node, Mapping):
-        raise ConfigError(f"{source}: expected a mapping of settings, found {type(node).__name__}")
-    layer = Layer()
-    layer.values = _plain(node, source, (), layer.places, [MAX_NODES])
     return layer
 
 
@@ -112,19 +124,20 @@ def _plain(node: Any, source: str, keys: Keys, places: dict[Keys, Place], budget
     budget[0] -= 1
     if budget[0] < 0:
         raise ConfigError(f"{source}: more than {MAX_NODES:,} values; are its aliases nested?")
+    tagged = getattr(getattr(node, "tag", None), "value", None) is not None
+    if tagged or (isinstance(node, Mapping | list) and type(node).__name__ not in ("CommentedMap", "CommentedSeq")):
+        raise ConfigError(f"{source}: {'.'.join(map(str, keys))}: a tagged value is not a plain value")
     if isinstance(node, Mapping):
         result = {}
         for key, value in node.items():
             path = (*keys, str(key))
-            line, column = node.lc.key(key)  # type: ignore[attr-defined]  # ruamel's CommentedMap
-            places[path] = Place(source, line + 1, column + 1)
+            places[path] = _position(node, "key", key, source)
             result[str(key)] = _plain(value, source, path, places, budget)
         return result
     if isinstance(node, list):
         items = []
         for index, value in enumerate(node):
-            line, column = node.lc.item(index)  # type: ignore[attr-defined]  # ruamel's CommentedSeq
-            places[*keys, index] = Place(source, line + 1, column + 1)
+            places[*keys, index] = _position(node, "item", index, source)
             items.append(_plain(value, source, (*keys, index), places, budget))
         return items
     for kind in (bool, int, float, str):
@@ -135,6 +148,15 @@ def _plain(node: Any, source: str, keys: Keys, places: dict[Keys, Place], budget
     raise ConfigError(f"{source}: {'.'.join(map(str, keys))}: {node!r} is not a plain value")
 
 
+def _position(node: Any, kind: str, key: Any, source: str) -> Place:
+    """Where a key or item of a node stands; what a merge key `<<` brought in stands where the node does."""
+    try:
+        line, column = getattr(node.lc, kind)(key)
+    except (KeyError, TypeError, AttributeError):
+        line, column = node.lc.line, node.lc.col
+    return Place(source, line + 1, column + 1)
+
+
 def parse_override(text: str) -> Layer:
     """One `a.b=value` of the command line; the value is read as YAML, so `[1, 2]`, `true` and `1e-3` work."""
     name, equals, value = text.partition("=")
@@ -142,25 +164,19 @@ def parse_override(text: str) -> Layer:
     if not equals or not all(keys):
         raise ConfigError(f"'{text}': an override is written section.setting=value")
     source = f"override '{text}'"
-    parsed = parse_yaml(b"value: " + value.encode(), source).values.get("value")
+    try:
+        parsed = parse_yaml(b"value: " + value.encode(), source)
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"override {text!r}: not UTF-8") from error
     layer = Layer()
     inner = layer.values
     for depth, key in enumerate(keys[:-1], start=1):
         inner = inner.setdefault(key, {})
         layer.places[keys[:depth]] = Place(source)
-    inner[keys[-1]] = _number(parsed)
-    layer.places[keys] = Place(source)
+    inner[keys[-1]] = parsed.values.get("value")
+    for place in parsed.places:
+        layer.places[(*keys, *place[1:])] = Place(source)
     return layer
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.2 reads `1e-3` as a float only with a dot in it; people write it without."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def load_layers(path: Path, find: Callable[[str], Path] | None = None) -> Layer:

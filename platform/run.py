@@ -159,17 +159,17 @@ def code_state(folder: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a run in order; a last line that a crash cut short is left out."""
+    """The events of a run in order. A line is a list of events written at once; one that was cut short is left out."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
-    events = []
+    events: list[dict[str, Any]] = []
     for line in data.split(b"\n"):
         try:
-            event = json.loads(line)
+            written_at_once = json.loads(line)
         except ValueError:
             continue
-        if isinstance(event, dict):
-            events.append(event)
+        if isinstance(written_at_once, list):
+            events += [event for event in written_at_once if isinstance(event, dict)]
     return events

@@ -61,12 +61,16 @@ def read_json(path: Path) -> Any:
 def publish_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends without an error.
 
-    What a killed process left of an earlier attempt is removed first.
+    What a killed process of this machine left of an earlier attempt is removed. Of two that publish one name at once,
+    both succeed, and one of the results stays.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    building = target.parent / f".{target.name}.building"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
+    prefix = f".{target.name}.{os.uname().nodename}."
+    for left in target.parent.glob(f"{prefix}*"):
+        if not _is_alive(left.name.removeprefix(prefix).partition(".")[0]):
+            shutil.rmtree(left, ignore_errors=True)
+    building = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}.", dir=target.parent))
+    building.chmod(0o755)
     try:
         yield building
         for path in sorted(building.rglob("*")):
@@ -75,13 +79,25 @@ def publish_folder(target: Path) -> Iterator[Path]:
                     os.fsync(stream.fileno())
         for path in [*(p for p in building.rglob("*") if p.is_dir()), building]:
             sync_folder(path)
-        if target.exists():
-            shutil.rmtree(target)
-        building.rename(target)
+        while True:
+            try:
+                building.rename(target)
+                break
+            except OSError:
+                if not target.is_dir():
+                    raise
+            old = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}.", dir=target.parent))
+            with contextlib.suppress(FileNotFoundError):  # another may have moved it away
+                target.rename(old / target.name)
+            shutil.rmtree(old)
         sync_folder(target.parent)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def _is_alive(process: str) -> bool:
+    return process.isdigit() and Path(f"/proc/{process}").exists()
 
 
 def sha256(path: Path) -> str:

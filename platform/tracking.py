@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import sqlite3
 import threading
 import time
 from collections.abc import Mapping
@@ -43,21 +44,21 @@ class Outbox:
         self._steps = {
             (event["series"], event["step"]) for event in runs.read_events(path) if event["kind"] == "metrics"
         }
-        if path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            self._write(b"\n")  # a crash cut the last line short: end it, so that the next one is read
 
-    def _write(self, data: bytes) -> None:
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, data)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    def _write(self, line: bytes) -> None:
+        with self.path.open("ab+") as stream:
+            if stream.tell():
+                stream.seek(-1, os.SEEK_END)
+                if stream.read(1) != b"\n":  # a crash or a full disk cut the line before this one short: end it
+                    line = b"\n" + line
+            stream.write(line)
+            stream.flush()
+            os.fsync(stream.fileno())
 
     def append(self, *events: Mapping[str, Any]) -> None:
         """Write events, each with its `kind` and content, in one piece: all of them or none survive a crash."""
         now = {"time": int(time.time() * 1000)}
-        self._write(b"".join(json.dumps({**event, **now}).encode() + b"\n" for event in events))
+        self._write(json.dumps([{**event, **now} for event in events]).encode() + b"\n")
 
     def metrics(self, step: int, values: Mapping[str, float], series: str = "train") -> None:
         """The metrics of one step; a value that is not finite is named in a tag, since MLflow would store a number."""
@@ -98,14 +99,19 @@ class Tracker:
         if self._client is None:
             for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
                 logging.getLogger(noisy).setLevel(logging.WARNING)
+            if self.uri.startswith("sqlite:///"):  # MLflow would try for a minute and a half
+                try:
+                    sqlite3.connect(self.uri.removeprefix("sqlite:///")).close()
+                except sqlite3.Error as error:
+                    raise UnreachableError(f"tracking store {self.uri}: {error}") from error
             from mlflow import MlflowClient
-            from mlflow.exceptions import MlflowException
 
             try:
-                self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
-                self._client.search_experiments(max_results=1)
-            except (MlflowException, OSError) as error:
+                client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+                client.search_experiments(max_results=1)
+            except Exception as error:
                 raise UnreachableError(f"tracking store {self.uri}: {error}") from error
+            self._client = client
         return self._client
 
     def experiment_id(self, name: str) -> str:
@@ -218,13 +224,14 @@ class Courier:
     def _round(self) -> bool:
         with self._lock:
             pending = list(self._runs.values())
+        delivered = True
         for run in pending:
             try:
                 self.tracker.deliver(run)
             except Exception as error:
                 log.debug("delivery of %s postponed: %s", run.name, error)
-                return False
-        return True
+                delivered = False
+        return delivered
 
     def close(self) -> bool:
         """Deliver what is left; False, with a warning, if the store did not take it."""

@@ -32,8 +32,6 @@ Say = Callable[[str], None]
 def run_study(spec: Study, base: Recipe, name: str, store: Path, tracker: Tracker, say: Say) -> Outcome:
     """Run `spec` until it has its number of trials; what an earlier start left is taken up where it stopped.
 
-    Needs a connection to Ray.
-
     Raises:
         ConfigError: a study of this name exists and is another one.
         DataError: the data is not prepared.
@@ -43,7 +41,7 @@ def run_study(spec: Study, base: Recipe, name: str, store: Path, tracker: Tracke
 
     folder = store / "studies" / run.check_name(name)
     prepared = prepare.open_prepared(base.data.name, store)
-    with storage.lease(folder / "lease", f"study '{name}'"), _interruptible():
+    with storage.lease(folder / "lease", f"study '{name}'"), cluster.connect(), _interruptible():
         parent = _parent_run(spec, base, name, store, prepared)
         study = studies.open_study(folder / "study.db", name, spec, default_values(spec, base))
         _reconcile(study, name, store)

@@ -43,7 +43,9 @@ def _quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def write_serially(tasks: list[dict[str, str]], folder: Path, settings: PrepareConfig) -> list[Shard]:
     """What Ray Data does in preparation, in this process."""
     return [
-        shards.write(folder / task["file"], shards.load_rows(task["rows"]), settings.shorter_side, settings.jpeg_quality)
+        shards.write(
+            folder / task["file"], shards.load_rows(task["rows"]), settings.shorter_side, settings.jpeg_quality
+        )
         for task in tasks
     ]
 

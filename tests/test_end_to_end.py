@@ -107,9 +107,7 @@ def resumed(store: Path) -> subprocess.CompletedProcess[str]:
     return setwise(store, *DEMO)
 
 
-def test_a_killed_demo_goes_on_and_has_every_trial_once(
-    store: Path, resumed: subprocess.CompletedProcess[str]
-) -> None:
+def test_a_killed_demo_goes_on_and_has_every_trial_once(store: Path, resumed: subprocess.CompletedProcess[str]) -> None:
     import optuna
 
     assert "goes on" in resumed.stderr and "prepared already" in resumed.stderr
@@ -160,7 +158,9 @@ def test_a_caption_finds_images_and_an_image_finds_captions(
     store: Path, resumed: subprocess.CompletedProcess[str], tmp_path: Path
 ) -> None:
     answer = json.loads(
-        setwise(store, "search", "a red three above a green giraffe", "-k", "4", "--save", str(tmp_path), "--json").stdout
+        setwise(
+            store, "search", "a red three above a green giraffe", "-k", "4", "--save", str(tmp_path), "--json"
+        ).stdout
     )
     assert len(answer["hits"]) == 4 and answer["unknown_words"] == ["giraffe"]
     assert [hit["score"] for hit in answer["hits"]] == sorted((hit["score"] for hit in answer["hits"]), reverse=True)
@@ -223,7 +223,7 @@ def test_interrupted_it_leaves_nothing_running_and_says_how_to_go_on(
 
 
 def test_two_sweeps_of_one_name_do_not_mix(store: Path, resumed: subprocess.CompletedProcess[str]) -> None:
-    one_name = ("sweep", "digits", "train.epochs=12", "train.batch_size=20", "--trials", "1", "--name", "contended")
+    one_name = ("sweep", "digits", "train.epochs=30", "train.batch_size=20", "--trials", "1", "--name", "contended")
     first = start(store, *one_name)
     assert first.stdout is not None
     printed = ""
@@ -235,13 +235,16 @@ def test_two_sweeps_of_one_name_do_not_mix(store: Path, resumed: subprocess.Comp
     assert "is in use by process" in second.stderr
     printed += first.communicate(timeout=300)[0]
     assert first.returncode == 0, printed
-    assert [epochs_logged(trial) for trial in references.trials_of("contended", store)] == [list(range(1, 13))]
+    assert [epochs_logged(trial) for trial in references.trials_of("contended", store)] == [list(range(1, 31))]
 
 
 def test_an_interrupted_sweep_goes_on(store: Path, resumed: subprocess.CompletedProcess[str]) -> None:
     done = setwise(store, *SWEEP)
     assert "2 complete" in done.stdout or "pruned" in done.stdout
-    assert [trial.name for trial in references.trials_of("interrupted", store)] == ["interrupted-000", "interrupted-001"]
+    assert [trial.name for trial in references.trials_of("interrupted", store)] == [
+        "interrupted-000",
+        "interrupted-001",
+    ]
 
 
 @pytest.mark.parametrize(

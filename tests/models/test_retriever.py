@@ -89,7 +89,9 @@ def test_it_learns_to_tell_six_pairs_apart() -> None:
     for step in range(60):
         image_sets, text_sets = model(images, tokens, LENGTHS)
         scores = similarity(image_sets.sets, text_sets.sets)
-        parts = set_embedding_loss(scores, positives, image_sets, text_sets, config, negatives="hardest" if step >= 30 else "all")
+        parts = set_embedding_loss(
+            scores, positives, image_sets, text_sets, config, negatives="hardest" if step >= 30 else "all"
+        )
         optimizer.zero_grad()
         parts.total.backward()
         optimizer.step()

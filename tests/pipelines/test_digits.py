@@ -181,7 +181,7 @@ def test_nothing_in_a_scene_is_borderline_or_overlaps() -> None:
         for digit in digits:
             x, y, width, height = digit.box
             assert x >= 0 and y >= 0 and x + width <= side and y + height <= side
-            assert height <= 16 if digit.size == "small" else height >= 23
+            assert height <= 20 if digit.size == "small" else height >= 25
             assert all(abs(at - limit) >= 0.03 - 1e-9 for at in digit.centre(side) for limit in (0.35, 0.65))
         for one, other in itertools.combinations(digits, 2):
             apart = [abs(a - b) for a, b in zip(one.centre(side), other.centre(side), strict=True)]

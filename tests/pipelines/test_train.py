@@ -22,7 +22,7 @@ from setwise.platform.run import Run
 GOLDEN = Path(__file__).parents[1] / "golden" / "training_step.json"
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Stands for the end of a process at the end of an epoch."""
 
 
@@ -37,7 +37,7 @@ def train_run(store: Path, training: Run, settings: Recipe, stop_after: int | No
     def report(values: dict[str, float]) -> None:
         seen.append(values)
         if values["epoch"] == stop_after:
-            raise Stopped
+            raise StoppedError
 
     train.train(settings, training, store, train.Worker(), report)
     return seen
@@ -69,14 +69,15 @@ def test_two_steps_give_the_golden_numbers(store: Path, tiny_recipe: Recipe) -> 
 def _tiny(settings: Recipe) -> list[str]:
     """The overrides that lead from the shipped recipe to `settings`."""
     base = config.flatten(recipe.load("digits_cnn_bigru"))
-    return [f"{name}={json.dumps(value)}" for name, value in config.flatten(settings).items() if base[name] != value]
+    changed = {name: value for name, value in config.flatten(settings).items() if base[name] != value}
+    return [f"{name}={json.dumps(value)}" for name, value in changed.items()]
 
 
 @pytest.mark.parametrize("stop_after", [1, 2])
 def test_stopped_and_resumed_equals_trained_through(store: Path, tiny_recipe: Recipe, stop_after: int) -> None:
     through, stopped = (start(store, f"{name}-{stop_after}", tiny_recipe) for name in ("through", "stopped"))
     expected = train_run(store, through, tiny_recipe)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         train_run(store, stopped, tiny_recipe, stop_after)
     resumed = train_run(store, stopped, tiny_recipe)
 
@@ -92,7 +93,7 @@ def test_dropout_goes_on_where_it_was(store: Path, tiny_recipe: Recipe) -> None:
     settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), "model.set_prediction.dropout=0.3"])
     through, stopped = (start(store, f"dropout-{name}", settings) for name in ("through", "stopped"))
     expected = train_run(store, through, settings)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         train_run(store, stopped, settings, stop_after=1)
     torch.manual_seed(12345)
     assert without_time(train_run(store, stopped, settings)) == without_time(expected)
@@ -100,7 +101,7 @@ def test_dropout_goes_on_where_it_was(store: Path, tiny_recipe: Recipe) -> None:
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(store: Path, tiny_recipe: Recipe) -> None:
     training = start(store, "damaged", tiny_recipe)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         train_run(store, training, tiny_recipe, stop_after=2)
     weights = training.checkpoints / "epoch_0002" / checkpoint.WEIGHTS
     data = bytearray(weights.read_bytes())

@@ -176,7 +176,7 @@ def test_an_overridden_section_is_not_blamed_on_the_file(tmp_path: Path) -> None
         ("a: 1\n".encode("utf-16"), r"f\.yaml: not UTF-8"),
         (b"- a\n- b\n", r"f\.yaml: expected a mapping"),
         (b"hello\n", r"f\.yaml: expected a mapping"),
-        (b"a: !thing {b: 1}\nb: !thing c\n", r"f\.yaml: b: .*not a plain value"),
+        (b"a: !thing {b: 1}\nb: !thing c\n", r"f\.yaml: a: .*not a plain value"),
         (b"a: 2020-01-01\n", r"f\.yaml: a: .*not a plain value"),
         (b"a: !!binary aGk=\n", r"f\.yaml: a: .*not a plain value"),
         (b"a: !!set {b, c}\n", r"f\.yaml: a: .*not a plain value"),

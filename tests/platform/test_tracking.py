@@ -441,4 +441,5 @@ def test_events_are_json_lines_that_anybody_can_read(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     Outbox(path).append({"kind": "tags", "values": {"a": "line\nbreak \u2028 é"}})
     (line,) = path.read_text("utf-8").split("\n")[:-1]
-    assert json.loads(line)["values"] == {"a": "line\nbreak \u2028 é"}
+    (event,) = json.loads(line)
+    assert event["values"] == {"a": "line\nbreak \u2028 é"}

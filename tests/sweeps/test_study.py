@@ -1,0 +1,87 @@
+"""The study as the truth of a sweep: what is handed out again, what counts as pruned, what ASHA remembers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from setwise.sweeps import space, study
+from setwise.sweeps.space import Pruning
+
+LAST_EPOCH = 4
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> tuple[optuna.Study, space.Study]:
+    spec, base = space.load("digits")
+    return study.open_study(tmp_path / "study.db", "tests", spec, space.default_values(spec, base)), spec
+
+
+def result(epoch: int, rsum: float) -> dict[str, float]:
+    return {"epoch": epoch, "rsum": rsum}
+
+
+def test_the_first_trial_is_the_recipe_itself(opened: tuple[optuna.Study, space.Study]) -> None:
+    made, spec = opened
+    suggested = study.StudySearch(made, spec, LAST_EPOCH).suggest("a")
+    assert suggested is not None
+    assert suggested["trial"] == 0
+    assert suggested["values"]["similarity.alpha"] == 16 and suggested["values"]["model.set_prediction.num_slots"] == 4
+
+
+def test_what_was_running_is_handed_out_again_with_its_number_and_values(
+    opened: tuple[optuna.Study, space.Study],
+) -> None:
+    made, spec = opened
+    before = study.StudySearch(made, spec, LAST_EPOCH)
+    first = [before.suggest(name) for name in ("a", "b", "c")]
+    before.on_trial_complete("b", result(LAST_EPOCH, 50.0))
+    before.on_trial_result("c", result(1, 20.0))
+
+    after = study.StudySearch(made, spec, LAST_EPOCH)  # the driver was killed here
+    second = [after.suggest(name) for name in ("x", "y", "z")]
+    assert second[:2] == [first[0], first[2]]
+    assert second[2] is not None and second[2]["trial"] == 3
+    after.on_trial_result("y", result(1, 20.0))  # a resumed trial tells its earlier epochs again
+    after.on_trial_complete("y", result(LAST_EPOCH, 60.0))
+    assert made.trials[2].state == TrialState.COMPLETE and made.trials[2].value == 60.0
+    assert made.trials[2].intermediate_values == {1: 20.0, 4: 60.0}
+
+
+def test_the_value_is_the_best_epoch_and_an_early_end_is_pruned(opened: tuple[optuna.Study, space.Study]) -> None:
+    made, spec = opened
+    search = study.StudySearch(made, spec, LAST_EPOCH)
+    for name in ("a", "b", "c", "d"):
+        search.suggest(name)
+    for epoch, rsum in ((1, 10.0), (2, 40.0), (3, 30.0)):
+        search.on_trial_result("a", result(epoch, rsum))
+    search.on_trial_complete("a", result(4, 35.0))
+    search.on_trial_complete("b", result(2, 12.0))
+    search.on_trial_complete("c", None, error=True)
+    search.on_trial_complete("d", result(LAST_EPOCH, 5.0), error=True)
+    states = [(trial.state.name, trial.value) for trial in made.trials]
+    assert states == [("COMPLETE", 40.0), ("PRUNED", 12.0), ("FAIL", None), ("FAIL", None)]
+    assert [trial.number for trial in study.finished(made)] == [0, 1, 2, 3]
+
+
+def test_asha_judges_by_the_trials_of_earlier_starts(opened: tuple[optuna.Study, space.Study]) -> None:
+    made, spec = opened
+    search = study.StudySearch(made, spec, LAST_EPOCH)
+    for number, name in enumerate(("a", "b", "c")):
+        search.suggest(name)
+        search.on_trial_result(name, result(1, 50.0 + number))
+        search.on_trial_complete(name, result(LAST_EPOCH, 90.0))
+    pruning = Pruning(grace_epochs=1, reduction=2)
+    newcomer = SimpleNamespace(trial_id="new")
+    verdicts = {}
+    for rsum in (10.0, 80.0):
+        scheduler = study.make_scheduler(pruning, made, LAST_EPOCH)
+        assert scheduler is not None
+        scheduler.on_trial_add(None, newcomer)
+        verdicts[rsum] = scheduler.on_trial_result(None, newcomer, result(1, rsum))
+    assert verdicts == {10.0: "STOP", 80.0: "CONTINUE"}
+    assert study.make_scheduler(None, made, LAST_EPOCH) is None
