@@ -175,7 +175,7 @@ def _write_shards(tasks: list[dict[str, str]], folder: Path, settings: PrepareCo
     """Write all shards, one Ray Data task each; the answers come back in the order of the tasks."""
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports each execution, and that bars are off
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True

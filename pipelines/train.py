@@ -24,7 +24,7 @@ from setwise.pipelines.batches import Batch, Split
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.trained_model import Retrieval
 from setwise.platform import checkpoint, seeding, storage
-from setwise.platform.errors import SetwiseError
+from setwise.platform.errors import DataError, SetwiseError
 from setwise.platform.run import Run
 from setwise.platform.tracking import Outbox
 
@@ -54,6 +54,7 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
 
     Raises:
         DivergedError: a loss that is not finite; the checkpoints before it stay.
+        DataError: the data is not prepared, or is not that on which the run's checkpoint was trained.
     """
     config = recipe.train
     torch.set_num_threads(config.threads)
@@ -80,6 +81,7 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
     history: list[dict[str, float]] = []
     seconds_before = 0.0
     if (folder := checkpoint.newest(run.checkpoints)) is not None:
+        _check_data(checkpoint.metadata(folder)["data"], prepared, run)
         retrieval.load_state_dict(checkpoint.weights(folder))
         saved = checkpoint.training_state(folder)
         adamw.load_state_dict(saved["optimizer"])
@@ -186,6 +188,14 @@ def _metadata(
         "data": data,
         "history": history,
     }
+
+
+def _check_data(trained_on: dict[str, Any], prepared: prepare.Prepared, run: Run) -> None:
+    if trained_on != batches.dataset_identity(prepared):
+        raise DataError(
+            f"run '{run.name}' was trained on data {trained_on}, and what is prepared now is another: "
+            f"{batches.dataset_identity(prepared)}. Prepare the same data again, or start a new run."
+        )
 
 
 def _point_to_best(run: Run, history: list[dict[str, float]]) -> str:

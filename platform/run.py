@@ -68,8 +68,8 @@ class Run:
     @property
     def parent(self) -> Run | None:
         """The run that this one is a part of, as a trial is of a sweep."""
-        name = storage.read_json(self.folder / "run.json")["parent"]
-        return Run(self.folder.parent / name) if name else None
+        path = storage.read_json(self.folder / "run.json")["parent"]
+        return Run((self.folder / path).resolve()) if path else None
 
     def best_checkpoint(self) -> Path:
         """The verified checkpoint with the best validation value.
@@ -118,7 +118,8 @@ def create(folder: Path, name: str, config_yaml: str, experiment: str, parent: R
     commit, difference = code_state(Path(__file__).parent)
     if difference:
         storage.write_bytes(run.folder / "code.diff", difference)
-    identity = {"experiment": experiment, "parent": parent.name if parent else None, **commit}
+    path = os.path.relpath(parent.folder, run.folder) if parent else None
+    identity = {"experiment": experiment, "parent": path, **commit}
     storage.write_json(run.folder / "run.json", identity)
     storage.write_bytes(run.config, config_yaml.encode())  # last: its presence means that the folder is complete
     return run

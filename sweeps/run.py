@@ -54,10 +54,9 @@ def run_study(spec: Study, base: Recipe, name: str, store: Path, tracker: Tracke
                 say(f"study '{name}' goes on: {len(done)} trials are done, {interrupted} were interrupted and resume")
             elif done:
                 say(f"study '{name}': {len(done)} of {spec.trials} trials are done already")
-            if len(done) < spec.trials:
-                _tune(spec, base, name, store, study, courier)
+            failures = _tune(spec, base, name, store, study, courier) if len(done) < spec.trials else {}
             _reconcile(study, name, store)
-            outcome = _outcome(study, name, store)
+            outcome = _outcome(study, name, store, failures)
             _end_parent(parent, outcome)
         shutil.rmtree(folder / "tune", ignore_errors=True)
     return outcome
@@ -66,9 +65,11 @@ def run_study(spec: Study, base: Recipe, name: str, store: Path, tracker: Tracke
 def _parent_run(spec: Study, base: Recipe, name: str, store: Path, prepared: prepare.Prepared) -> Run:
     """The run of the study itself, of which the trials are children. The number of trials may grow later."""
     identity = spec.model_copy(update={"trials": 1})
-    text = f"# study\n{config.to_yaml(identity)}# recipe of trial 0\n{config.to_yaml(base)}"
+    text = (
+        f"# study\n{config.to_yaml(identity)}# recipe of trial 0\n{config.to_yaml(base)}# data {prepared.fingerprint}\n"
+    )
     try:
-        parent = run.create(store / "runs", name, text, experiment=name)
+        parent = run.create(store / "studies", name, text, experiment=name)
     except ConfigError as error:
         raise ConfigError(
             f"a study called '{name}' exists and is another one than this. Give this one a name: --name NAME\n({error})"
@@ -88,7 +89,8 @@ def _parent_run(spec: Study, base: Recipe, name: str, store: Path, prepared: pre
     return parent
 
 
-def _tune(spec: Study, base: Recipe, name: str, store: Path, study: optuna.Study, courier: Courier) -> None:
+def _tune(spec: Study, base: Recipe, name: str, store: Path, study: optuna.Study, courier: Courier) -> dict[int, str]:
+    """Work off what the study lacks; why trials failed, by number."""
     from ray import tune
 
     from setwise.sweeps import study as studies
@@ -110,7 +112,8 @@ def _tune(spec: Study, base: Recipe, name: str, store: Path, study: optuna.Study
         best = max(trial.intermediate_values.values(), default=None)
         state = {"COMPLETE": "complete", "PRUNED": "pruned"}.get(trial.state.name, "failed")
         table.update(trial.number, trial.params, state, len(trial.intermediate_values), best)
-    settings = {"recipe": base.model_dump(mode="json"), "study": name, "store": str(store), "names": list(spec.space)}
+    settings = {"recipe": base.model_dump(mode="json"), "study": name, "store": str(store)}
+    watch = Watch(table, courier, name, store)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_trial, settings=settings), resources),
         tune_config=tune.TuneConfig(
@@ -124,13 +127,14 @@ def _tune(spec: Study, base: Recipe, name: str, store: Path, study: optuna.Study
         run_config=tune.RunConfig(
             name=f"start-{os.getpid()}",
             storage_path=str(store / "studies" / name / "tune"),
-            callbacks=[Watch(table, courier, name, store)],
+            callbacks=[watch],
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=0,
         ),
     )
     with table:
         tuner.fit()
+    return watch.failures
 
 
 def _trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -143,7 +147,7 @@ def _trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
     store = Path(settings["store"])
     recipe = with_values(Recipe.model_validate(settings["recipe"]), config["values"])
     name = references.trial_run(settings["study"], config["trial"], store).name
-    parent = Run(store / "runs" / settings["study"])
+    parent = Run(store / "studies" / settings["study"])
     training = run.create(store / "runs", name, configuration.to_yaml(recipe), settings["study"], parent)
 
     def report(values: dict[str, float]) -> None:
@@ -163,17 +167,17 @@ def _reconcile(study: optuna.Study, name: str, store: Path) -> None:
     statuses = {"COMPLETE": "FINISHED", "PRUNED": "PRUNED", "FAIL": "FAILED"}
     for trial in studies.finished(study):
         training = references.trial_run(name, trial.number, store)
-        if training.config.is_file():
+        if (training.folder / "run.json").is_file() and training.experiment == name:
             records.end(training, statuses[trial.state.name])
 
 
-def _outcome(study: optuna.Study, name: str, store: Path) -> Outcome:
+def _outcome(study: optuna.Study, name: str, store: Path, failures: dict[int, str]) -> Outcome:
     from setwise.sweeps import study as studies
 
     trials = studies.finished(study)
     states = [trial.state.name for trial in trials]
     failed = {
-        trial.number: records.reason(references.trial_run(name, trial.number, store))
+        trial.number: failures.get(trial.number) or records.reason(references.trial_run(name, trial.number, store))
         for trial in trials
         if trial.state.name == "FAIL"
     }
@@ -183,7 +187,6 @@ def _outcome(study: optuna.Study, name: str, store: Path) -> Outcome:
 
 def _end_parent(parent: Run, outcome: Outcome) -> None:
     """Record the study's result with its run; each time that more trials were added."""
-
     number = outcome.complete + outcome.pruned + len(outcome.failed)
     outbox = Outbox(parent.events)
     if outcome.best is not None:

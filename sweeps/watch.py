@@ -22,6 +22,8 @@ class Watch(Callback):  # type: ignore[misc]  # Ray leaves its classes untyped
         self._courier = courier
         self._study = study
         self._store = store
+        self.failures: dict[int, str] = {}
+        """Why trials of this start failed, by number."""
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._show(trial, "running", 0, None)
@@ -37,9 +39,10 @@ class Watch(Callback):  # type: ignore[misc]  # Ray leaves its classes untyped
         self._show(trial, "pruned" if pruned else "complete", epoch, None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        run = self._run(trial)
-        if run.config.is_file():
-            records.end(run, "FAILED", _reason(trial))
+        run, reason = self._run(trial), _reason(trial)
+        self.failures[trial.config["trial"]] = reason
+        if (run.folder / "run.json").is_file() and run.experiment == self._study:  # else the name was another's
+            records.end(run, "FAILED", reason)
             self._courier.add(run)
         self._show(trial, "failed", 0, None)
 

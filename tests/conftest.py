@@ -14,16 +14,7 @@ from setwise.pipelines.digits import DigitsConfig
 from setwise.pipelines.prepare import DigitsPreparation, PrepareConfig
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.shards import Shard
-
-TINY_MODEL = [
-    "model.embed_size=16",
-    "model.image_encoder.channels=[8, 8]",
-    "model.text_encoder.word_dim=8",
-    "model.set_prediction.head_dim=4",
-    "train.batch_size=20",
-    "train.epochs=3",
-]
-"""Overrides that make the shipped recipe train in a second or two, through the same code."""
+from tiny import TINY_MODEL
 
 
 @pytest.fixture(scope="session", autouse=True)

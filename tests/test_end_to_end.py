@@ -238,6 +238,22 @@ def test_two_sweeps_of_one_name_do_not_mix(store: Path, resumed: subprocess.Comp
     assert [epochs_logged(trial) for trial in references.trials_of("contended", store)] == [list(range(1, 31))]
 
 
+def test_a_failed_trial_ends_with_its_reason_and_the_sweep_goes_on(
+    store: Path, resumed: subprocess.CompletedProcess[str]
+) -> None:
+    """The folder of the second trial is taken by a run with another configuration."""
+    taken = store / "runs" / "failing-001"
+    taken.mkdir()
+    (taken / "config.yaml").write_text("data: {}\n")
+    (taken / "run.json").write_text('{"experiment": "another", "parent": null}')
+    settings = ("train.epochs=1", "train.batch_size=20", "pruning.grace_epochs=1")
+    done = setwise(store, "sweep", "digits", *settings, "--trials", "3", "--name", "failing", code=4)
+    assert not (taken / "events.jsonl").exists()
+    assert "1 failed" in done.stdout
+    assert "trial 1: " in done.stderr and "exists with another configuration" in done.stderr
+    assert [epochs_logged(references.trial_run("failing", number, store)) for number in (0, 2)] == [[1], [1]]
+
+
 def test_an_interrupted_sweep_goes_on(store: Path, resumed: subprocess.CompletedProcess[str]) -> None:
     done = setwise(store, *SWEEP)
     assert "2 complete" in done.stdout or "pruned" in done.stdout

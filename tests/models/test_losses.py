@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference.losses as naive
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import reference.losses as naive
 from setwise.models.config import LossConfig
-from setwise.models.losses import diversity, mmd, set_embedding_loss, triplet
+from setwise.models.losses import diversity, mmd, set_embedding_loss, triplet, triplet_violating
 from setwise.models.set_prediction import SetEmbedding
 from setwise.models.similarity import smooth_chamfer
 
@@ -72,6 +72,23 @@ def test_triplet_without_negatives_or_without_positives_is_zero(hardest: bool, p
     loss.backward()
     assert loss == 0
     assert scores.grad is not None and torch.equal(scores.grad, torch.zeros(3, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("margin", [0.05, 0.4])
+def test_violating_triplets_agree_with_the_definition(seed: int, margin: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(5, 9, generator=generator, dtype=torch.float64)
+    positives = torch.rand(5, 9, generator=generator) < 0.3
+    expected = naive.triplet_violating(scores.numpy(), positives.numpy(), margin)
+    assert triplet_violating(scores, positives, margin).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_without_a_violation_the_violating_loss_is_zero_and_so_is_its_gradient() -> None:
+    scores = torch.eye(3, dtype=torch.float64, requires_grad=True)
+    loss = triplet_violating(scores, torch.eye(3, dtype=torch.bool), 0.2)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == 0 and scores.grad is not None and not scores.grad.any()
 
 
 def test_hardest_negatives_cost_more_than_the_mean() -> None:

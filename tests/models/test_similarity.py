@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference.similarity as naive
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import reference.similarity as naive
 from setwise.models.config import SimilarityConfig
 from setwise.models.similarity import Similarity, chamfer, match_probability, mil, smooth_chamfer
 

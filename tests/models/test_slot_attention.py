@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from reference.slot_attention import attend
 from torch import Tensor
 
+from reference.slot_attention import attend
 from setwise.models.slot_attention import Padding, SlotAttention
 
 

@@ -15,16 +15,9 @@ from setwise.pipelines import launch, recipe
 from setwise.platform import cluster, run
 from setwise.platform.config import to_yaml
 from setwise.platform.run import Run
+from tiny import TINY_MODEL
 
 pytestmark = pytest.mark.ray
-TINY = [
-    "model.embed_size=16",
-    "model.image_encoder.channels=[8, 8]",
-    "model.text_encoder.word_dim=8",
-    "model.set_prediction.head_dim=4",
-    "train.batch_size=20",
-    "train.epochs=3",
-]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +27,7 @@ def ray_cluster() -> Iterator[None]:
 
 
 def start(store: Path, name: str, workers: int, *more: str) -> tuple[recipe.Recipe, Run]:
-    settings = recipe.load("digits_cnn_bigru", [*TINY, f"train.workers={workers}", *more])
+    settings = recipe.load("digits_cnn_bigru", [*TINY_MODEL, f"train.workers={workers}", *more])
     return settings, run.create(store / "runs", name, to_yaml(settings), experiment="tests")
 
 
@@ -57,6 +50,22 @@ def test_two_workers_train_as_one_does(store: Path) -> None:
         assert two == pytest.approx(one, rel=2e-4), name
     for one_epoch, two_epoch in zip(curves[1], curves[2], strict=True):
         assert two_epoch["val/rsum"] == pytest.approx(one_epoch["val/rsum"], abs=3)
+
+
+def test_a_worker_finds_the_standard_librarys_platform_and_the_package() -> None:
+    """The root of the repository, with its folder `platform`, is on the path of every worker."""
+    import ray
+
+    @ray.remote
+    def look() -> tuple[str, str, str]:
+        import platform
+
+        from setwise.platform import errors
+
+        return platform.system(), str(platform.__file__), errors.__name__
+
+    system, file, package = ray.get(look.remote())
+    assert system == "Linux" and "python" in file and package == "setwise.platform.errors"
 
 
 def _workers_of_train(marker: str) -> list[int]:

@@ -17,6 +17,7 @@ import torch
 from setwise.pipelines import prepare, recipe, train
 from setwise.pipelines.recipe import Recipe
 from setwise.platform import checkpoint, config, run
+from setwise.platform.errors import DataError
 from setwise.platform.run import Run
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "training_step.json"
@@ -61,8 +62,8 @@ def test_two_steps_give_the_golden_numbers(store: Path, tiny_recipe: Recipe) -> 
         GOLDEN.write_text(json.dumps(measured, indent=1) + "\n")
     expected = json.loads(GOLDEN.read_text())
     assert measured == pytest.approx(expected, rel=1e-4), (
-        "The loss parts of two training steps have changed. If you only meant to refactor, this is a bug. If the change "
-        "is meant, write them anew with SETWISE_WRITE_GOLDEN=1 and put old and new numbers into the commit message."
+        "The loss parts of two training steps have changed. If you only meant to refactor, this is a bug. If it is "
+        "meant, write them anew with SETWISE_WRITE_GOLDEN=1 and put old and new numbers into the commit message."
     )
 
 
@@ -113,6 +114,19 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(store: Pa
     assert [e["step"] for e in run.read_events(training.events) if e["kind"] == "metrics"] == [1, 2, 3]
 
 
+def test_a_run_does_not_go_on_with_other_data(
+    store: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = start(store, "other-data", tiny_recipe)
+    with pytest.raises(StoppedError):
+        train_run(store, training, tiny_recipe, stop_after=1)
+    prepared = prepare.open_prepared("digits", store)
+    other = prepare.Prepared(prepared.folder, {**prepared.manifest, "fingerprint": "another"})
+    monkeypatch.setattr(prepare, "open_prepared", lambda name, folder: other)
+    with pytest.raises(DataError, match="is another"):
+        train_run(store, training, tiny_recipe)
+
+
 def test_killed_in_the_middle_it_ends_on_the_same_weights(store: Path, tiny_recipe: Recipe) -> None:
     """SIGKILL of a real process within the second epoch, then the same command again."""
     through, killed = (start(store, f"kill-{name}", tiny_recipe) for name in ("through", "killed"))
@@ -122,6 +136,7 @@ import os, signal, torch
 from pathlib import Path
 from setwise.pipelines import train
 from setwise.pipelines.recipe import Recipe
+from setwise.platform.errors import DataError
 from setwise.platform.run import Run
 recipe = Recipe.model_validate_json({tiny_recipe.model_dump_json()!r})
 real, calls = train.batch_loss, []

@@ -1,4 +1,4 @@
-"""Configuration: every mistake has its place and the name that was meant, layers win in their order, nothing crashes."""
+"""Configuration: every mistake has its place and the name that was meant, and later layers win."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class Whole(Settings):
     outer: Outer = Outer()
     optimizer: Annotated[Sgd | Adam, Field(discriminator="kind")] = Sgd(kind="sgd")
     training: Training = Training()
-    notes: dict[str, int] = {}
+    notes: dict[str, int] = Field(default_factory=dict)
     title: str | None = None
     flag: bool = False
-    scales: list[float] = []
+    scales: list[float] = Field(default_factory=list)
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> Whole:

@@ -22,6 +22,22 @@ def triplet(scores: Array, positives: NDArray[np.bool_], margin: float, hardest:
     return total / len(pairs) if pairs else 0.0
 
 
+def triplet_violating(scores: Array, positives: NDArray[np.bool_], margin: float) -> float:
+    """In each direction the mean of the hinges above zero; the two added."""
+    total = 0.0
+    for table, truth in ((scores, positives), (scores.T, positives.T)):
+        hinges = [
+            margin + table[q, other] - table[q, own]
+            for q in range(table.shape[0])
+            for own in range(table.shape[1])
+            for other in range(table.shape[1])
+            if truth[q, own] and not truth[q, other]
+        ]
+        above = [hinge for hinge in hinges if hinge > 0]
+        total += sum(above) / len(above) if above else 0.0
+    return total
+
+
 def mmd(x: Array, y: Array, gamma: float) -> float:
     def mean_kernel(first: Array, second: Array) -> float:
         kernels = [math.exp(-gamma * math.dist(a, b)) for a in first for b in second]
