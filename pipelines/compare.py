@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from setwise.pipelines import evaluate, references
-from setwise.platform import config, run, storage
+from setwise.platform import config, run
 from setwise.platform.run import Run
 
 VALIDATION = "val/rsum"
@@ -53,9 +53,9 @@ def compare(runs: list[Run]) -> Comparison:
         best = references.best_value(training)
         if best is not None:
             values[VALIDATION] = best
-        for benchmark, measured in evaluate.recorded(training).items():
-            if benchmark not in mixed:
-                values |= {f"{benchmark}/{metric}": value for metric, value in measured.items()}
+        for outcome in evaluate.recorded(training):
+            if outcome.benchmark not in mixed:
+                values |= {f"{outcome.benchmark}/{metric}": value for metric, value in outcome.values.items()}
         events = run.read_events(training.events)
         epochs = max((e["step"] for e in events if e["kind"] == "metrics" and e["series"] == "train"), default=0)
         shown = {name: settings.get(name) for name in differing}
@@ -76,7 +76,6 @@ def _mixed_protocols(runs: list[Run]) -> list[str]:
     """Benchmarks that were not measured under one protocol."""
     fingerprints: dict[str, set[str]] = {}
     for training in runs:
-        for path in training.evaluation.glob("*.json"):
-            content = storage.read_json(path)
-            fingerprints.setdefault(content["benchmark"], set()).add(content["fingerprint"])
+        for outcome in evaluate.recorded(training):
+            fingerprints.setdefault(outcome.benchmark, set()).add(outcome.fingerprint)
     return sorted(name for name, found in fingerprints.items() if len(found) > 1)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import optuna
 
 MIN_TRIALS_FOR_IMPORTANCE = 4
+FEW_TRIALS = 20
 
 
 @dataclass
@@ -105,17 +106,19 @@ def short(name: str) -> str:
 
 @dataclass(frozen=True)
 class Importance:
-    """What mattered: PED-ANOVA's share of each setting, over so many trials; empty with a reason if not computed."""
+    """What mattered: PED-ANOVA's share of each setting, over so many trials at one epoch; or why it cannot be said."""
 
     shares: dict[str, float]
     trials: int
+    epoch: int
     reason: str = ""
 
     def sentence(self) -> str:
         if not self.shares:
             return f"What mattered cannot be said: {self.reason}."
         listed = ", ".join(f"{short(name)} {share:.0%}" for name, share in self.shares.items())
-        return f"What mattered (PED-ANOVA over {self.trials} trials; few trials make it rough): {listed}."
+        rough = ", which is few: take it as a hint" if self.trials < FEW_TRIALS else ""
+        return f"What mattered (PED-ANOVA at epoch {self.epoch} over {self.trials} trials{rough}): {listed}."
 
 
 @dataclass(frozen=True)
@@ -131,18 +134,28 @@ class Outcome:
 
 
 def importance(study: optuna.Study) -> Importance:
-    """Importance of each setting for the best validation RSUM, over the trials that were not pruned."""
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-    from optuna.trial import TrialState
+    """Importance of each setting for the validation RSUM at the last epoch that all trials reached.
 
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    At that epoch pruned and complete trials can be compared; over the complete ones alone there would be fewer, and
+    only good ones.
+    """
+    import optuna
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.intermediate_values]
     if len(trials) < MIN_TRIALS_FOR_IMPORTANCE:
-        return Importance(
-            {}, len(trials), f"it takes {MIN_TRIALS_FOR_IMPORTANCE} complete trials, there are {len(trials)}"
-        )
-    if len({trial.value for trial in trials}) == 1:
-        return Importance({}, len(trials), "all trials ended with the same value")
-    return Importance(dict(get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())), len(trials))
+        reason = f"it takes {MIN_TRIALS_FOR_IMPORTANCE} trials, there are {len(trials)}"
+        return Importance({}, len(trials), 0, reason)
+    epoch = min(max(trial.intermediate_values) for trial in trials)
+    values = [trial.intermediate_values[epoch] for trial in trials]
+    if len(set(values)) == 1:
+        return Importance({}, len(trials), epoch, "all trials have the same value")
+    at_epoch = optuna.create_study(direction="maximize")
+    for trial, value in zip(trials, values, strict=True):
+        params, distributions = trial.params, trial.distributions
+        at_epoch.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=value))
+    shares = get_param_importances(at_epoch, evaluator=PedAnovaImportanceEvaluator())
+    return Importance(dict(shares), len(trials), epoch)
 
 
 def show_outcome(outcome: Outcome, results: Console) -> None:

@@ -9,7 +9,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from setwise.sweeps import space, study
+from setwise.sweeps import report, space, study
 from setwise.sweeps.space import Pruning
 
 LAST_EPOCH = 4
@@ -85,3 +85,29 @@ def test_asha_judges_by_the_trials_of_earlier_starts(opened: tuple[optuna.Study,
         verdicts[rsum] = scheduler.on_trial_result(None, newcomer, result(1, rsum))
     assert verdicts == {10.0: "STOP", 80.0: "CONTINUE"}
     assert study.make_scheduler(None, made, LAST_EPOCH) is None
+
+
+def test_importance_compares_trials_at_the_last_epoch_that_all_reached() -> None:
+    spec, _ = space.load("digits")
+    distributions = {name: domain.distribution() for name, domain in spec.space.items()}
+    made = optuna.create_study(direction="maximize")
+    for number in range(12):
+        alpha = 4.0 + 5 * number
+        params = {
+            "model.set_prediction.num_slots": (1, 2, 4)[number % 3],
+            "similarity.alpha": alpha,
+            "loss.mmd_weight": 0.01 + 0.001 * ((number * 7) % 5),
+            "loss.diversity_weight": 0.01 + 0.001 * ((number * 5) % 7),
+        }
+        values = {1: alpha, 2: 300.0 - alpha} if number % 2 else {1: alpha}
+        state = TrialState.COMPLETE if number % 2 else TrialState.PRUNED
+        made.add_trial(
+            optuna.trial.create_trial(
+                params=params, distributions=distributions, intermediate_values=values, value=alpha, state=state
+            )
+        )
+    found = report.importance(made)
+    assert (found.trials, found.epoch) == (12, 1)
+    assert max(found.shares, key=lambda name: found.shares[name]) == "similarity.alpha"
+    assert "epoch 1 over 12 trials" in found.sentence() and "hint" in found.sentence()
+    assert "takes 4 trials" in report.importance(optuna.create_study()).sentence()

@@ -1,0 +1,125 @@
+"""Images from outside: right pixels for every kind there is, a reason for every one that cannot be used."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from setwise.pipelines.images import BadImageError, encode_jpeg, read_rgb, resize_shorter_side
+
+
+def png(image: Image.Image, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def jpeg(image: Image.Image, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, **options)
+    return buffer.getvalue()
+
+
+def pixel(data: bytes, x: int = 2, y: int = 2) -> tuple[int, ...]:
+    image = read_rgb(data)
+    assert image.mode == "RGB"
+    value = image.getpixel((x, y))
+    assert isinstance(value, tuple)
+    return value
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says it has width x height pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (png(Image.new("RGB", (8, 8), (10, 20, 30))), (10, 20, 30)),
+        (png(Image.new("L", (8, 8), 77)), (77, 77, 77)),
+        (png(Image.new("RGBA", (8, 8), (10, 20, 30, 0))), (255, 255, 255)),
+        (png(Image.new("RGBA", (8, 8), (0, 0, 0, 128))), (127, 127, 127)),
+        (png(Image.new("LA", (8, 8), (50, 255))), (50, 50, 50)),
+        (png(Image.new("P", (8, 8), 0), transparency=0), (255, 255, 255)),
+        (png(Image.fromarray(np.full((8, 8), 65535, dtype=np.uint16))), (255, 255, 255)),
+        (png(Image.fromarray(np.full((8, 8), 257 * 100, dtype=np.uint16))), (100, 100, 100)),
+        (png(Image.new("1", (8, 8), 1)), (255, 255, 255)),
+        (png(Image.new("RGB", (1, 1), (5, 6, 7))), None),
+    ],
+)
+def test_every_kind_becomes_rgb(data: bytes, expected: tuple[int, ...] | None) -> None:
+    if expected is None:
+        assert read_rgb(data).size == (1, 1)
+    else:
+        assert pixel(data) == pytest.approx(expected, abs=1)
+
+
+def test_cmyk_becomes_rgb() -> None:
+    assert pixel(jpeg(Image.new("RGB", (16, 16), (200, 30, 40)).convert("CMYK"))) == pytest.approx((200, 30, 40), abs=6)
+
+
+def test_an_image_is_turned_as_its_exif_says() -> None:
+    image = Image.new("RGB", (32, 16), "black")
+    image.paste("white", (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: left comes up
+    upright = read_rgb(jpeg(image, exif=exif))
+    assert upright.size == (16, 32)
+    assert upright.getpixel((8, 4)) > (200, 200, 200) and upright.getpixel((8, 28)) < (50, 50, 50)  # type: ignore[operator]
+
+
+def test_the_first_frame_of_an_animation_is_taken() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert pixel(buffer.getvalue()) == (255, 0, 0)
+
+
+def gif() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "GIF")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"not an image at all", "not a readable JPEG"),
+        (b"<html><body>404</body></html>", "not a readable JPEG"),
+        (gif(), "not a readable JPEG"),
+        (jpeg(Image.effect_noise((64, 64), 50))[:900], "cannot be decoded"),
+        (bomb(40_000, 40_000), "pixels"),  # so many that Pillow refuses, then some at which it only warns, then fewer
+        (bomb(12_000, 12_000), "pixels"),
+        (bomb(6_000, 6_000), "pixels; the limit"),
+        (png(Image.new("RGB", (6000, 1))), "narrower"),
+        (b"\xff" * 20_000_001, "bytes; the limit"),
+    ],
+    ids=["empty", "text", "page", "gif", "cut short", "bomb 1", "bomb 2", "bomb 3", "narrow", "too long"],
+)
+def test_what_cannot_be_used_has_a_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(BadImageError, match=reason):
+        read_rgb(data)
+
+
+@pytest.mark.parametrize(("size", "expected"), [((100, 50), (64, 32)), ((50, 100), (32, 64)), ((30, 20), (30, 20))])
+def test_the_shorter_side_is_reduced_and_never_enlarged(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert resize_shorter_side(Image.new("RGB", size), 32).size == expected
+
+
+def test_thin_coloured_strokes_keep_their_colour() -> None:
+    image = Image.new("RGB", (32, 32), "black")
+    image.paste((255, 0, 0), (15, 0, 16, 32))  # one pixel wide
+    red, green, _ = read_rgb(encode_jpeg(image, 95)).getpixel((15, 16))  # type: ignore[misc]
+    assert red > 200 and green < 40
