@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from setwise.pipelines import prepare, recipe, shards
+from setwise.pipelines import prepare, recipe
 from setwise.pipelines.digits import DigitsConfig
 from setwise.pipelines.prepare import DigitsPreparation, PrepareConfig
 from setwise.pipelines.recipe import Recipe
-from setwise.pipelines.shards import Shard
-from tiny import TINY_MODEL
+from tiny import TINY_MODEL, write_serially
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,16 +28,6 @@ def _quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
     if before is not None:
         os.environ["HOME"] = before
-
-
-def write_serially(tasks: list[dict[str, str]], folder: Path, settings: PrepareConfig) -> list[Shard]:
-    """What Ray Data does in preparation, in this process."""
-    return [
-        shards.write(
-            folder / task["file"], shards.load_rows(task["rows"]), settings.shorter_side, settings.jpeg_quality
-        )
-        for task in tasks
-    ]
 
 
 @pytest.fixture(scope="session")
