@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setwise.platform import config
-from setwise.platform.errors import ConfigError, DataError
+from setwise.platform.errors import DataError
 
 SPLITS = ("train", "val", "test")
 
@@ -96,9 +96,7 @@ def known() -> tuple[str, ...]:
 def check_known(name: str) -> None:
     """Raises ConfigError, with the nearest name, if no data set is called `name`."""
     if name not in known():
-        nearest = config.nearest_name(name, known())
-        hint = f" Did you mean '{nearest}'?" if nearest else ""
-        raise ConfigError(f"no data set is called '{name}'.{hint} There are: {', '.join(known())}.")
+        raise config.no_such("data set", name, known())
 
 
 def open_source(name: str, folder: Path) -> Source:

@@ -15,7 +15,6 @@ from pydantic import Field, model_validator
 from setwise.models.config import LossConfig, ModelConfig, SimilarityConfig
 from setwise.platform import config
 from setwise.platform.config import Settings
-from setwise.platform.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -68,25 +67,12 @@ class Recipe(Settings):
 
 def names() -> list[str]:
     """Recipes that come with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return config.names_in(FOLDER)
 
 
 def find(name: str) -> Path:
-    """The file of a recipe, by path or by name.
-
-    Raises:
-        ConfigError: there is no such file or name.
-    """
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or "/" in name:
-        if path.is_file():
-            return path
-        raise ConfigError(f"{name}: no such file")
-    if name in names():
-        return FOLDER / f"{name}.yaml"
-    nearest = config.nearest_name(name, names())
-    hint = f" Did you mean '{nearest}'?" if nearest else ""
-    raise ConfigError(f"no recipe is called '{name}'.{hint} There are: {', '.join(names())}; or give a YAML file.")
+    """The file of a recipe, by path or by name; ConfigError if there is none."""
+    return config.find_file("recipe", name, FOLDER)
 
 
 def load(name: str, overrides: list[str] | None = None) -> Recipe:

@@ -80,9 +80,7 @@ def find_run(text: str, store: Path) -> Run:
         return matches[0]
     if matches:
         raise ConfigError(f"'{text}' begins several runs: {', '.join(run.name for run in matches[:8])}")
-    nearest = config.nearest_name(text, [run.name for run in runs])
-    hint = f" Did you mean '{nearest}'?" if nearest else ""
-    raise ConfigError(f"no run is called '{text}' in {store}.{hint}")
+    raise config.no_such("run", text, [run.name for run in runs])
 
 
 def trial_run(name: str, number: int, store: Path) -> Run:
@@ -105,7 +103,7 @@ def best_of(study: str, store: Path) -> Run:
     trials = trials_of(study, store)
     if not trials:
         known = sorted(path.name for path in (store / "studies").glob("*") if path.is_dir())
-        raise ConfigError(f"no study is called '{study}' in {store}. There are: {', '.join(known) or 'none'}")
+        raise config.no_such("study", study, known)
     values = {run: best_value(run) for run in trials}
     scored = {run: value for run, value in values.items() if value is not None}
     if not scored:

@@ -295,6 +295,34 @@ def nearest_name(name: str, known: Iterator[str] | Sequence[str]) -> str | None:
     return best if best is not None and likeness(best) > 0.6 else None
 
 
+def no_such(what: str, name: str, known: Sequence[str], more: str = "") -> ConfigError:
+    """The error for a name that nothing has, with the nearest and all that there are."""
+    nearest = nearest_name(name, known)
+    hint = f" Did you mean '{nearest}'?" if nearest else ""
+    return ConfigError(f"no {what} is called '{name}'.{hint} There are: {', '.join(known) or 'none'}{more}.")
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of the YAML files in a folder."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def find_file(what: str, name: str, folder: Path) -> Path:
+    """A YAML file by its path, or by its name in `folder`.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise ConfigError(f"{name}: no such file")
+    if name in names_in(folder):
+        return folder / f"{name}.yaml"
+    raise no_such(what, name, names_in(folder), "; or give a YAML file")
+
+
 def flatten(settings: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Settings as {dotted name: plain value}, the form that parameters are tracked in."""
     values = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings

@@ -92,25 +92,12 @@ class Study(Settings):
 
 def names() -> list[str]:
     """Studies that come with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return config.names_in(FOLDER)
 
 
 def find(name: str) -> Path:
-    """The file of a study, by path or by name.
-
-    Raises:
-        ConfigError: there is no such file or name.
-    """
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
-            return path
-        raise ConfigError(f"{name}: no such file")
-    if name in names():
-        return FOLDER / f"{name}.yaml"
-    nearest = config.nearest_name(name, names())
-    hint = f" Did you mean '{nearest}'?" if nearest else ""
-    raise ConfigError(f"no study is called '{name}'.{hint} There are: {', '.join(names())}; or give a YAML file.")
+    """The file of a study, by path or by name; ConfigError if there is none."""
+    return config.find_file("study", name, FOLDER)
 
 
 def is_study(path: Path) -> bool:
