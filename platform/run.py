@@ -155,7 +155,13 @@ def code_state(folder: Path) -> tuple[dict[str, Any], bytes]:
     if commit is None:
         return {"commit": None, "dirty": None}, b""
     difference = git("diff", "HEAD", "--no-color", "--no-ext-diff") or b""
-    state = {"commit": commit.decode().strip(), "dirty": bool(difference), "diff_bytes": len(difference)}
+    unknown = (git("ls-files", "--others", "--exclude-standard", ":/") or b"").decode(errors="replace").splitlines()
+    state = {
+        "commit": commit.decode().strip(),
+        "dirty": bool(difference or unknown),  # a run with a module that git does not know cannot be repeated either
+        "diff_bytes": len(difference),
+        "untracked": unknown[:100],
+    }
     return state, difference[:MAX_DIFF_BYTES]
 
 

@@ -45,7 +45,9 @@ def tracker(store: Path) -> Tracker:
 def new_run(store: Path, parent: Run | None = None, experiment: str = "study") -> Run:
     name = f"run-{next(NUMBERS)}"
     folder = store / "runs" / name
-    storage.write_json(folder / "run.json", {"experiment": experiment, "parent": parent.name if parent else None})
+    storage.write_json(
+        folder / "run.json", {"experiment": experiment, "parent": f"../{parent.name}" if parent else None}
+    )
     return Run(folder)
 
 
@@ -348,7 +350,10 @@ def test_the_store_s_database_is_the_default_and_the_environment_wins(
     assert Tracker(tmp_path, "sqlite:///given.db").uri == "sqlite:///given.db"
 
 
-def test_a_database_that_cannot_be_opened_is_unreachable_every_time(tmp_path: Path) -> None:
+def test_a_database_that_cannot_be_opened_is_unreachable_every_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)  # MLflow itself would go on for 100 s
     (tmp_path / "mlflow.db").mkdir()
     tracker = Tracker(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}")
     for _ in range(2):
