@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from setwise.pipelines import shards, vocabulary
+from setwise.pipelines import datasets, shards, vocabulary
 from setwise.pipelines.images import read_rgb
 from setwise.pipelines.prepare import Prepared
 from setwise.pipelines.vocabulary import Vocabulary
@@ -61,7 +61,8 @@ class Split:
     def __init__(self, prepared: Prepared, name: str, image_size: int, words: Vocabulary) -> None:
         splits = prepared.manifest["splits"]
         if name not in splits:
-            raise DataError(f"{prepared.folder}: no split '{name}'; there are {', '.join(splits)}")
+            known = ", ".join(split for split in datasets.SPLITS if split in splits)
+            raise DataError(f"{prepared.folder}: no split '{name}'; there are {known}")
         table = shards.read(prepared.folder, splits[name])
         self.name = name
         self.image_size = image_size

@@ -44,7 +44,7 @@ def read_karpathy(file: Path, images: Path) -> list[Row]:
         DataError: the file is missing, is not of this form, or repeats an id.
     """
     try:
-        entries = json.loads(file.read_bytes())["images"]
+        entries = list(json.loads(file.read_bytes())["images"])
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}). Is the data set in this folder?") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -58,8 +58,10 @@ def read_karpathy(file: Path, images: Path) -> list[Row]:
             image_id = int(entry.get("cocoid", entry["imgid"]))
             path = images / entry.get("filepath", "") / entry["filename"]
             captions = tuple(Caption(int(s["sentid"]), s["raw"]) for s in entry["sentences"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DataError(f"{file}: images[{index}] is not complete: {error!r}") from error
+        if "\x00" in str(path) or max([image_id, *(caption.caption_id for caption in captions)]) >= 2**63:
+            raise DataError(f"{file}: images[{index}] holds a NUL in its name, or an id of more than 64 bits")
         if split not in SPLITS:
             raise DataError(f"{file}: images[{index}] has split '{split}'; known are {', '.join(SPLITS)} and restval")
         if not path.resolve().is_relative_to(images.resolve()):
@@ -67,8 +69,10 @@ def read_karpathy(file: Path, images: Path) -> list[Row]:
         if (first := seen_images.setdefault(image_id, index)) != index:
             raise DataError(f"{file}: images[{first}] and images[{index}] have the same id {image_id}")
         for caption in captions:
-            if (first := seen_captions.setdefault(caption.caption_id, index)) != index:
+            if caption.caption_id in seen_captions:
+                first = seen_captions[caption.caption_id]
                 raise DataError(f"{file}: caption id {caption.caption_id} is in images[{first}] and in images[{index}]")
+            seen_captions[caption.caption_id] = index
         rows.append(Row(image_id, split, path, captions))
     if not rows:
         raise DataError(f"{file}: lists no image")

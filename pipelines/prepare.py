@@ -63,8 +63,10 @@ class Prepared:
 
     def describe(self) -> str:
         counts = ", ".join(
-            f"{name} {split['images']:,} images with {split['captions']:,} captions"
-            for name, split in self.manifest["splits"].items()
+            f"{name} {self.manifest['splits'][name]['images']:,} images with "
+            f"{self.manifest['splits'][name]['captions']:,} captions"
+            for name in datasets.SPLITS
+            if name in self.manifest["splits"]
         )
         return f"{counts}; {len(self.manifest['quarantine'])} quarantined"
 
@@ -79,12 +81,19 @@ def open_prepared(name: str, store: Path) -> Prepared:
     if not (folder / "manifest.json").is_file():
         raise DataError(f"data set '{name}' is not prepared in {store}. Do it with: setwise data prepare {name}")
     prepared = Prepared(folder, storage.read_json(folder / "manifest.json"))
-    for split in prepared.manifest["splits"].values():
-        for shard in split["shards"]:
-            path = folder / shard["file"]
-            if not path.is_file() or path.stat().st_size != shard["bytes"]:
-                raise DataError(f"{path} is missing or cut short. Make it again: setwise data prepare {name}")
+    if path := _damaged(folder, prepared.manifest):
+        raise DataError(f"{path} is missing or cut short. Make it again: setwise data prepare {name}")
     return prepared
+
+
+def _damaged(folder: Path, manifest: dict[str, Any]) -> Path | None:
+    """The first shard that is missing or has another length than was written."""
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            path = folder / str(shard["file"])
+            if not path.is_file() or path.stat().st_size != shard["bytes"]:
+                return path
+    return None
 
 
 def prepare_digits(store: Path, settings: DigitsPreparation, say: Say) -> Prepared:
@@ -119,7 +128,7 @@ def prepare(source: Source, target: Path, settings: PrepareConfig, say: Say) -> 
     manifest_file = target / "manifest.json"
     if manifest_file.is_file():
         manifest = storage.read_json(manifest_file)
-        if manifest["identity"] == identity:
+        if manifest["identity"] == identity and not _damaged(target, manifest):
             say(f"'{source.name}' is prepared already ({target})")
             return Prepared(target, manifest)
 

@@ -39,8 +39,8 @@ def resolve(text: str, store: Path, tracker: Tracker) -> Reference:
     if text.startswith("models:/"):
         version = registry.find(tracker, text)
         folder = registry.download(tracker, version, store)
-        run = store / "runs" / version.run
-        return Reference(f"{version.name} version {version.version}", folder, Run(run) if run.is_dir() else None)
+        made_by = [one for one in all_runs(store) if one.name == version.run]
+        return Reference(f"{version.name} version {version.version}", folder, made_by[0] if made_by else None)
     if (Path(text) / checkpoint.MANIFEST).is_file():
         checkpoint.verify(Path(text))
         owner = Run(Path(text).resolve().parent.parent)
@@ -56,7 +56,8 @@ def all_runs(store: Path) -> list[Run]:
 
 def trials_of(study: str, store: Path) -> list[Run]:
     """The runs of a study's trials, in the order of their numbers."""
-    return [run for run in all_runs(store) if re.fullmatch(re.escape(study) + r"-\d{3,}", run.name)]
+    runs = [run for run in all_runs(store) if re.fullmatch(re.escape(study) + r"-\d{3,}", run.name)]
+    return sorted(runs, key=lambda run: int(run.name.rpartition("-")[2]))
 
 
 def find_run(text: str, store: Path) -> Run:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setwise.platform import checkpoint, storage
-from setwise.platform.errors import ConfigError, DataError
+from setwise.platform.errors import ConfigError, DataError, UnreachableError
 from setwise.platform.tracking import Tracker
 
 CHAMPION = "champion"
@@ -61,6 +61,8 @@ def find(tracker: Tracker, uri: str) -> Version:
                 raise ConfigError(f"'{uri}': write models:/NAME@ALIAS or models:/NAME/VERSION")
             found = tracker.client.get_model_version(name, number)
     except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST" and "not found" not in str(error):
+            raise UnreachableError(f"tracking store {tracker.uri}: {error}") from error
         raise ConfigError(
             f"'{uri}' is not registered in {tracker.uri}. Promote a run first: setwise promote REF"
         ) from error

@@ -113,7 +113,7 @@ def _caption_problem(text: object) -> str | None:
         return "the caption is empty"
     if len(text) > MAX_CAPTION_CHARACTERS:
         return f"the caption has {len(text):,} characters; the limit is {MAX_CAPTION_CHARACTERS:,}"
-    if "\x00" in text or "\ufffd" in text:
+    if "\x00" in text or "\ufffd" in text or any("\ud800" <= character <= "\udfff" for character in text):
         return "the caption holds bytes that are not text"
     return None
 

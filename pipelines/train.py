@@ -229,8 +229,9 @@ def _gather(rows: Tensor, worker: Worker) -> Tensor:
 
 def _gather_owners(owners: Tensor, images: int, worker: Worker) -> Tensor:
     """Indices of owners in the gathered images: each worker's are moved by the images of those before it."""
+    before = sum(_counts(images, owners.device, worker)[: worker.rank])
     counts = _counts(len(owners), owners.device, worker)
-    padded = torch.cat([owners + images * worker.rank, owners.new_zeros(max(counts) - len(owners))])
+    padded = torch.cat([owners + before, owners.new_zeros(max(counts) - len(owners))])
     parts = [torch.empty_like(padded) for _ in range(worker.world)]
     torch.distributed.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ MAX_TOKENS = 64
 
 def tokenize(text: str) -> list[str]:
     """Lower-case words; punctuation is dropped, as it names nothing."""
-    return WORD.findall(text.lower())
+    return WORD.findall(unicodedata.normalize("NFC", text).lower())
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,6 +37,8 @@ def no_regression(
     otherwise, refuses the promotion.
     """
     new = {name: measured.value for name, measured in candidate.items()}
+    if broken := [name for name, value in new.items() if not math.isfinite(value)]:
+        return Decision(False, f"{broken[0]} is not a finite number", new, {})
     if champion is None:
         return Decision(True, "there is no champion yet", new, {})
     old = {name: measured.value for name, measured in champion.items()}

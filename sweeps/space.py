@@ -54,7 +54,7 @@ class Domain(Settings):
         if self.choice is not None:
             return value in self.choice
         low, high = self.uniform or self.loguniform or self.int or (0, 0)
-        return bool(low <= value <= high)
+        return isinstance(value, Whole | float) and not isinstance(value, bool) and bool(low <= value <= high)
 
     def distribution(self) -> BaseDistribution:
         """The same as Optuna says it."""
@@ -132,7 +132,9 @@ def _as_layer(values: dict[str, Any], source: Layer, section: str) -> Layer:
         keys = tuple(name.split("."))
         inner = layer.values
         for key in keys[:-1]:
-            inner = inner.setdefault(key, {})
+            if not isinstance(inner.setdefault(key, {}), dict):
+                raise ConfigError(f"{config.place_of(source, (section, name))}: '{key}' in '{name}' is no section")
+            inner = inner[key]
         inner[keys[-1]] = value
         for depth in range(1, len(keys) + 1):
             layer.places[keys[:depth]] = config.place_of(source, (section, name))

@@ -1,0 +1,186 @@
+"""A reference names one run and its best checkpoint, or says why it does not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from setwise.pipelines import references, registry
+from setwise.pipelines.registry import Version
+from setwise.platform import checkpoint, storage
+from setwise.platform.errors import ConfigError, DataError
+from setwise.platform.run import Run
+
+
+def make(store: Path, name: str, value: float | None = None, mlflow_id: str | None = None) -> Run:
+    """A run as far as references look at it: a configuration, and with `value` a best checkpoint."""
+    run = Run(store / "runs" / name)
+    storage.write_bytes(run.config, b"a: 1\n")
+    storage.write_bytes(run.events, b"")
+    if value is not None:
+        checkpoint.save(run.checkpoints / "epoch_0001", {"w": torch.ones(2)}, {"epoch": 1}, None)
+        storage.write_json(run.folder / "best.json", {"checkpoint": "epoch_0001", "value": value})
+    if mlflow_id is not None:
+        storage.write_json(run.folder / "delivered.json", {"uri": "sqlite:///x", "run_id": mlflow_id, "events": 0})
+    return run
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    make(tmp_path, "digits_cnn-a1b2c3", 300.0, mlflow_id="0f3a77")
+    make(tmp_path, "digits_cnn-a1ffff", 310.0, mlflow_id="0f9b11")
+    make(tmp_path, "digits_cnn", 1.0)
+    for number, value in enumerate((200.0, 400.0, None, 399.0)):
+        make(tmp_path, f"study-{number:03d}", value)
+    make(tmp_path, "study-002x", 999.0)
+    make(tmp_path, "study", 999.0)
+    (tmp_path / "studies" / "study").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("digits_cnn-a1b2c3", "digits_cnn-a1b2c3"),
+        ("digits_cnn-a1b", "digits_cnn-a1b2c3"),
+        ("digits_cnn", "digits_cnn"),  # also the beginning of others, but its whole name
+        ("0f3", "digits_cnn-a1b2c3"),
+        ("0f9b11", "digits_cnn-a1ffff"),
+        ("best:study", "study-001"),
+    ],
+)
+def test_a_run_by_its_name_its_beginning_its_mlflow_id_or_its_study(store: Path, text: str, name: str) -> None:
+    assert references.find_run(text, store) == Run(store / "runs" / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("digits_cnn-a1", r"'digits_cnn-a1' begins several runs: digits_cnn-a1b2c3, digits_cnn-a1ffff"),
+        ("0f", r"begins several runs"),
+        ("digts_cnn", r"no run is called 'digts_cnn'.*Did you mean 'digits_cnn'\?"),
+        ("best:studdy", r"no study is called 'studdy'.*Did you mean 'study'\?"),
+        ("best:", r"no study"),
+    ],
+)
+def test_none_and_several_are_errors_that_name_what_there_is(store: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        references.find_run(text, store)
+
+
+def test_an_empty_store_says_how_to_begin(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="setwise demo"):
+        references.find_run("last", tmp_path)
+
+
+def test_last_is_the_run_that_changed_last(store: Path) -> None:
+    for age, name in enumerate(["study-001", "digits_cnn", "study-003"]):
+        os.utime(store / "runs" / name / "events.jsonl", (2e9 - age, 2e9 - age))
+    assert references.find_run("last", store).name == "study-001"
+
+
+def test_the_best_of_a_study_without_a_checkpoint_is_a_matter_of_data(tmp_path: Path) -> None:
+    make(tmp_path, "young-000")
+    with pytest.raises(DataError, match="no trial of study 'young' has a checkpoint"):
+        references.find_run("best:young", tmp_path)
+
+
+def test_trials_of_a_study_are_its_runs_alone_in_the_order_of_their_numbers(store: Path) -> None:
+    assert [run.name for run in references.trials_of("study", store)] == [f"study-{n:03d}" for n in range(4)]
+    for number in (999, 1000, 1001):
+        make(store, f"study-{number}")
+    numbers = [int(run.name.rpartition("-")[2]) for run in references.trials_of("study", store)]
+    assert numbers == [0, 1, 2, 3, 999, 1000, 1001]
+
+
+def test_a_study_stands_for_its_trials_and_a_run_for_itself(store: Path) -> None:
+    assert len(references.find_runs("study", store)) == 4
+    assert [run.name for run in references.find_runs("digits_cnn", store)] == ["digits_cnn"]
+
+
+def resolve(text: str, store: Path) -> references.Reference:
+    return references.resolve(text, store, None)  # type: ignore[arg-type]  # no tracker is asked for files
+
+
+def test_a_run_resolves_to_its_best_checkpoint(store: Path) -> None:
+    found = resolve("best:study", store)
+    run = Run(store / "runs" / "study-001")
+    assert (found.label, found.checkpoint, found.run) == ("study-001", run.checkpoints / "epoch_0001", run)
+
+
+def test_a_checkpoint_folder_knows_its_run_where_it_lies_in_one(store: Path, tmp_path: Path) -> None:
+    inside = store / "runs" / "digits_cnn" / "checkpoints" / "epoch_0001"
+    assert resolve(str(inside), store).run == Run(store / "runs" / "digits_cnn")
+    alone = tmp_path / "far" / "away" / "model"
+    checkpoint.copy_for_inference(inside, alone)
+    found = resolve(str(alone), store)
+    assert (found.checkpoint, found.run) == (alone, None)
+
+
+def test_a_damaged_or_missing_checkpoint_is_a_matter_of_data(store: Path) -> None:
+    with pytest.raises(DataError, match="no checkpoint yet"):
+        resolve("study-002", make(store, "other").folder.parent.parent)
+    weights = store / "runs" / "study-001" / "checkpoints" / "epoch_0001" / checkpoint.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    for text in ("best:study", str(weights.parent)):
+        with pytest.raises(DataError, match="damaged"):
+            resolve(text, store)
+
+
+@pytest.mark.parametrize("run", ["", "..", "../..", "never made", "digits_cnn"])
+def test_a_registered_version_has_a_run_only_if_it_names_one(
+    store: Path, monkeypatch: pytest.MonkeyPatch, run: str
+) -> None:
+    """Versions that others registered have no tag, or any."""
+    version = Version("setwise-digits", 3, run, "", "", {})
+    folder = store / "registry" / "v3"
+    monkeypatch.setattr(registry, "find", lambda tracker, uri: version)
+    monkeypatch.setattr(registry, "download", lambda tracker, version, store: folder)
+    found = resolve("models:/setwise-digits@champion", store)
+    assert (found.label, found.checkpoint) == ("setwise-digits version 3", folder)
+    assert found.run == (Run(store / "runs" / run) if run == "digits_cnn" else None)
+
+
+# --- the registry behind `models:/` --------------------------------------------------------------------------------
+
+
+class Client:
+    """Stands for an MLflow client that fails with one error code."""
+
+    def __init__(self, code: int) -> None:
+        from mlflow.exceptions import MlflowException
+
+        self.error = MlflowException("said the server", code)
+
+    def get_model_version_by_alias(self, *_: Any) -> Any:
+        raise self.error
+
+
+class Tracker:
+    uri = "http://tracking.example"
+
+    def __init__(self, code: int) -> None:
+        self.client = Client(code)
+
+
+def test_a_registry_that_cannot_be_asked_is_not_one_without_a_champion() -> None:
+    """Otherwise one failed request would let any candidate through the gate."""
+    from mlflow.protos import databricks_pb2 as codes
+
+    missing: Any = Tracker(codes.RESOURCE_DOES_NOT_EXIST)
+    assert registry.champion(missing, "setwise-digits") is None
+    for code in (codes.TEMPORARILY_UNAVAILABLE, codes.INTERNAL_ERROR, codes.PERMISSION_DENIED):
+        failing: Any = Tracker(code)
+        with pytest.raises(Exception, match="said the server"):
+            registry.champion(failing, "setwise-digits")
+
+
+@pytest.mark.parametrize("uri", ["models:/", "models:/name", "models:/name/latest", "models:/name/", "models:/name/-1"])
+def test_a_registry_address_of_another_form_is_refused(uri: str) -> None:
+    nobody: Any = Tracker(1)
+    with pytest.raises(ConfigError, match="models:/NAME@ALIAS"):
+        registry.find(nobody, uri)

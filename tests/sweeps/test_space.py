@@ -1,0 +1,183 @@
+"""Studies are checked against their recipe before anything starts: names, forms, bounds and trial 0."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from setwise.pipelines import recipe as recipes
+from setwise.platform.errors import ConfigError
+from setwise.sweeps import space
+from setwise.sweeps.space import Study
+
+HEAD = "recipe: digits_cnn_bigru\ntrials: 3\n"
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> tuple[Study, recipes.Recipe]:
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    return space.load(str(path), list(overrides))
+
+
+def mistakes(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, *overrides)
+    *lines, count = str(caught.value).replace(f"{tmp_path}/", "").splitlines()
+    assert count == f"{len(lines)} mistake{'s' * (len(lines) > 1)}; nothing was started."
+    return lines
+
+
+@pytest.mark.parametrize("name", space.names())
+def test_every_shipped_study_loads_and_its_trial_0_is_the_recipe_itself(name: str) -> None:
+    study, base = space.load(name)
+    values = space.default_values(study, base)
+    assert values.keys() == study.space.keys()
+    assert all(study.space[setting].contains(value) for setting, value in values.items())
+    assert space.with_values(base, values) == base
+
+
+@pytest.mark.parametrize("name", space.names())
+def test_whatever_a_shipped_study_draws_is_a_recipe(name: str) -> None:
+    study, base = space.load(name)
+    chance = random.Random(0)
+    for _ in range(30):
+        space.with_values(base, {setting: draw(domain, chance) for setting, domain in study.space.items()})
+
+
+def draw(domain: space.Domain, chance: random.Random) -> Any:
+    """A value of the domain, by Optuna's own account of it."""
+    distribution = domain.distribution()
+    if domain.choice is not None:
+        return distribution.to_external_repr(chance.randrange(len(domain.choice)))
+    low, high = distribution.low, distribution.high
+    return chance.randint(low, high) if domain.int is not None else chance.uniform(low, high)
+
+
+# --- names ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("similarity.alfa", "similarity.alpha"),
+        ("alpha", "similarity.alpha"),
+        ("loss.alpha", "similarity.alpha"),
+        ("optimizer.learning_rte", None),
+        ("model.num_slots", "model.set_prediction.num_slots"),
+        ("train.lr", "optimizer.lr"),
+        ("train", None),
+    ],
+)
+def test_an_unknown_name_has_its_place_and_the_nearest(tmp_path: Path, name: str, meant: str | None) -> None:
+    text = f"{HEAD}space:\n  loss.margin: {{uniform: [0.1, 0.3]}}\n  {name}: {{uniform: [0.1, 20]}}\n"
+    (line,) = mistakes(tmp_path, text)
+    assert line.startswith(f"study.yaml:5:3: space.{name}: '{name}' is not a setting of a recipe.")
+    if meant is not None:
+        assert line.endswith(f"Did you mean '{meant}'?")
+
+
+def test_a_typo_in_a_domain_or_in_the_study_is_found(tmp_path: Path) -> None:
+    text = f"{HEAD}trails: 3\nspace:\n  loss.margin: {{unifrom: [0.1, 0.3]}}\n"
+    lines = mistakes(tmp_path, text)
+    assert any(line.startswith("study.yaml:3:1: 'trails' is not a setting. Did you mean 'trials'?") for line in lines)
+    assert any(line.startswith("study.yaml:5:17: 'space.loss.margin.unifrom' is not a setting.") for line in lines)
+
+
+def test_what_is_fixed_for_all_trials_is_checked_as_part_of_the_recipe(tmp_path: Path) -> None:
+    text = HEAD + "overrides:\n  train.epochs: 3\n  train.epocs: 3\n  loss.margin: 7\n" + "space:\n"
+    text += "  similarity.alpha: {uniform: [1, 20]}\n"
+    lines = mistakes(tmp_path, text)
+    assert len(lines) == 2
+    assert "study.yaml:5:3: 'train.epocs' is not a setting. Did you mean 'train.epochs'?" in lines
+    assert any(line.startswith("study.yaml:6:3: loss.margin: ") for line in lines)
+    _, base = load(tmp_path, text.replace("  train.epocs: 3\n  loss.margin: 7\n", ""))
+    assert base.train.epochs == 3
+
+
+@pytest.mark.parametrize("first", ["train.epochs: 3", "train: {epochs: 3}", "train: 3"])
+def test_contradictory_overrides_are_a_mistake_and_no_crash(tmp_path: Path, first: str) -> None:
+    text = f"{HEAD}overrides: {{{first}, train.epochs.x: 1}}\nspace: {{loss.margin: {{uniform: [0.1, 0.3]}}}}\n"
+    with pytest.raises(ConfigError):
+        load(tmp_path, text)
+
+
+# --- forms and bounds -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "domain", "message"),
+    [
+        ("similarity.alpha", "{}", "give exactly one of choice, uniform, loguniform, int"),
+        ("similarity.alpha", "{uniform: [1, 20], choice: [1, 16]}", "give exactly one of"),
+        ("similarity.alpha", "{choice: [16]}", "at least 2 items"),
+        ("similarity.alpha", "{uniform: [20, 1]}", "the lower bound comes first"),
+        ("similarity.alpha", "{uniform: [16, 16]}", "differs from the upper"),
+        ("similarity.alpha", "{uniform: [1, 2, 3]}", "at most 2 items"),
+        ("similarity.alpha", "{loguniform: [0, 64]}", "bounds must be above 0"),
+        ("similarity.alpha", "{int: [1.5, 20]}", "valid integer"),
+        ("similarity.alpha", "3", "dictionary"),
+        ("similarity.alpha", "{uniform: [0, 20]}", "greater than 0"),
+        ("similarity.alpha", "{uniform: [1, 5000]}", "less than or equal to 1024"),
+        ("similarity.alpha", "{uniform: [1, .inf]}", "finite"),
+        ("similarity.alpha", "{uniform: [.nan, 20]}", "similarity.alpha"),
+        ("similarity.alpha", "{uniform: [17, 20]}", "16.0, which trial 0 uses, lies outside"),
+        ("loss.negatives", "{choice: [all, hardest, nearest]}", "'nearest'"),
+        ("train.batch_size", "{int: [1, 100]}", "greater than or equal to 2"),
+        ("similarity.kind", "{uniform: [1, 2]}", "similarity.kind"),
+        ("model.image_encoder.channels", "{int: [8, 64]}", "channels"),
+        ("model.image_encoder.channels", "{choice: [8, 64]}", "channels"),
+    ],
+)
+def test_a_domain_that_cannot_be_is_a_mistake_at_its_place(
+    tmp_path: Path, setting: str, domain: str, message: str
+) -> None:
+    lines = mistakes(tmp_path, f"{HEAD}space:\n  {setting}: {domain}\n")
+    assert all(re.match(rf"study\.yaml:4:\d+: space\.{re.escape(setting)}", line) for line in lines), lines
+    assert any(message in line for line in lines), lines
+
+
+def test_all_wrong_domains_are_reported_together(tmp_path: Path) -> None:
+    text = f"{HEAD}space:\n  loss.margn: {{uniform: [0, 1]}}\n  similarity.alpha: {{uniform: [0, 5000]}}\n"
+    assert len(mistakes(tmp_path, text)) == 3
+
+
+def test_a_space_is_needed(tmp_path: Path) -> None:
+    for text in (HEAD, f"{HEAD}space: {{}}\n"):
+        (line,) = mistakes(tmp_path, text)
+        assert "space" in line
+
+
+def test_a_logarithmic_domain_is_drawn_as_one() -> None:
+    assert space.Domain(loguniform=(1e-3, 1.0)).distribution().log is True
+    assert space.Domain(uniform=(1e-3, 1.0)).distribution().log is False
+
+
+# --- overrides --------------------------------------------------------------------------------------------------
+
+
+def test_an_override_goes_to_the_study_or_to_the_recipe_by_its_name(tmp_path: Path) -> None:
+    text = f"{HEAD}overrides: {{train.epochs: 3}}\nspace: {{similarity.alpha: {{uniform: [1, 20]}}}}\n"
+    study, base = load(tmp_path, text, "trials=5", "train.epochs=4", "similarity.alpha=2", "pruning=null")
+    assert (study.trials, study.pruning, base.train.epochs, base.similarity.alpha) == (5, None, 4, 2)
+
+
+def test_a_default_moved_outside_by_an_override_is_a_mistake(tmp_path: Path) -> None:
+    text = f"{HEAD}space: {{similarity.alpha: {{uniform: [1, 20]}}}}\n"
+    (line,) = mistakes(tmp_path, text, "similarity.alpha=30")
+    assert "30.0, which trial 0 uses, lies outside" in line
+
+
+def test_an_unknown_recipe_or_study_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'digits_cnn_bigru'"):
+        load(tmp_path, "recipe: digts_cnn_bigru\nspace: {similarity.alpha: {uniform: [1, 20]}}\n")
+    with pytest.raises(ConfigError, match=r"no study is called 'digts'.*Did you mean 'digits'"):
+        space.load("digts")
+
+
+def test_a_study_is_told_from_a_recipe(tmp_path: Path) -> None:
+    assert space.is_study(space.find("digits"))
+    assert not space.is_study(recipes.find("digits_cnn_bigru"))
