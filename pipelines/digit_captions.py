@@ -215,7 +215,7 @@ def _observe(form: str, scene: Scene, rng: random.Random) -> Statement | None:
     if form == "two":
         # A place after the last of several digits could be meant for all of them: it needs a place on each.
         places = rng.choice(((False, False), (True, False), (True, True)))
-        pair = zip(digits, places, strict=False)
+        pair = zip(digits[:2], places, strict=True)
         return Statement(tuple(_mention(digit, side, rng, place=place) for digit, place in pair))
     if form == "three" and len(digits) >= 3:
         return Statement(tuple(_mention(digit, side, rng) for digit in digits[:3]))
