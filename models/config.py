@@ -8,8 +8,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Positions = Literal["none", "sine"]
-Negatives = Literal["all", "hardest", "violating"]
+Positions = Literal["none", "sine", "learned"]
+Negatives = Literal["all", "hardest", "violating", "semi_hard"]
+Pooling = Literal["max", "mean"]
+Projection = Literal["mlp", "linear", "none"]
 
 
 class _Settings(BaseModel):
@@ -25,16 +27,114 @@ class ConvNetConfig(_Settings):
         (24, 48, 64, 96), min_length=2, description="width of each layer; the last is the width of the local features"
     )
 
+    @property
+    def title(self) -> str:
+        """The encoder's part of a recipe's name."""
+        return self.kind
+
+
+class ImageHeadConfig(_Settings):
+    """How local features of a fixed width become what the slots read, and the global feature."""
+
+    projection: Projection = Field(
+        "mlp", description="of local features: linear, linear with a residual MLP behind it, or none (as they come)"
+    )
+    global_feature: Literal["projected", "linear"] = Field(
+        "projected", description="pool the projected local features, or pool the raw ones and project the result"
+    )
+    pooling: Pooling = Field("max", description="over regions or cells, to the global feature")
+    dropout: float = Field(0.1, ge=0, lt=1, description="share of projected features dropped in training")
+
+    @model_validator(mode="after")
+    def _pooled_has_a_width(self) -> Self:
+        if self.projection == "none" and self.global_feature == "projected":
+            raise ValueError("projection='none' leaves nothing projected to pool: set global_feature='linear'")
+        return self
+
+
+class RegionsConfig(_Settings):
+    """Region features of the bottom-up-attention detector ("BUTD"), computed beforehand."""
+
+    kind: Literal["butd"]
+    feature_dim: int = Field(2048, ge=1, le=65536, description="width of a region feature")
+    region_drop: float = Field(0.2, ge=0, lt=1, description="share of regions left out in training")
+    head: ImageHeadConfig = ImageHeadConfig()
+
+    @property
+    def title(self) -> str:
+        return self.kind
+
+
+class GridConfig(_Settings):
+    """The last feature map of a torchvision network, one local feature a cell."""
+
+    kind: Literal["grid"]
+    architecture: Literal["resnet18", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d"] = (
+        Field("resnet152", description="torchvision's name of the network")
+    )
+    weights: str | None = Field(
+        None, description="to start from: a name of torchvision's weights, a file, or an https address; none: random"
+    )
+    frozen_batch_norm: bool = Field(
+        True, description="normalise by the statistics that came with the weights, not by the batch's"
+    )
+    head: ImageHeadConfig = ImageHeadConfig()
+
+    @property
+    def title(self) -> str:
+        return self.architecture.partition("_")[0]
+
 
 class BiGRUConfig(_Settings):
-    """Word embeddings, trained from scratch, read in both directions."""
+    """Word embeddings read in both directions."""
 
     kind: Literal["bigru"]
     word_dim: int = Field(300, ge=2, le=8192, multiple_of=2, description="width of a word embedding")
+    word_vectors: str | None = Field(
+        None, description="GloVe text file whose vectors the embeddings start from; none: random"
+    )
     dropout: float = Field(0.1, ge=0, lt=1, description="share of embeddings and of GRU states dropped in training")
     local_features: Literal["words", "states"] = Field(
         "words", description="what the slots read: the word embeddings, or the GRU state at each word"
     )
+    directions: Literal["mean", "concatenated"] = Field(
+        "mean", description="two states of embed_size averaged, or two of half that width side by side"
+    )
+    pooling: Literal["last", "max"] = Field("last", description="global feature: the final states, or the maximum")
+
+    @property
+    def title(self) -> str:
+        return self.kind
+
+
+class BertConfig(_Settings):
+    """BERT; its sizes are those of `bert-base-uncased`."""
+
+    kind: Literal["bert"]
+    weights: str | None = Field(
+        None, description="to start from: a folder, or a name on the Hugging Face hub; none: random"
+    )
+    layers: int = Field(12, ge=1, le=96)
+    width: int = Field(768, ge=2, le=8192)
+    heads: int = Field(12, ge=1, le=128)
+    ff_width: int = Field(3072, ge=1, le=65536, description="width inside the feed-forward layers")
+    max_tokens: int = Field(512, ge=64, le=8192, description="positions that the weights have a code for")
+    dropout: float = Field(0.1, ge=0, lt=1, description="share dropped in training, of hidden states and of attention")
+    pooling: Literal["cls", "max"] = Field("max", description="global feature: the first token's, or the maximum")
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} cannot be divided among {self.heads} heads")
+        return self
+
+    @property
+    def title(self) -> str:
+        return self.kind
+
+
+ImageEncoderConfig = Annotated[ConvNetConfig | RegionsConfig | GridConfig, Field(discriminator="kind")]
+TextEncoderConfig = Annotated[BiGRUConfig | BertConfig, Field(discriminator="kind")]
 
 
 class SetPredictionConfig(_Settings):
@@ -46,6 +146,9 @@ class SetPredictionConfig(_Settings):
     head_dim: int = Field(512, ge=1, le=8192, description="width of one head")
     ff_mult: int = Field(4, ge=1, le=64, description="hidden width of the slots' MLP, in multiples of embed_size")
     dropout: float = Field(0.1, ge=0, lt=1, description="share dropped after attention and inside the slots' MLP")
+    slots: Literal["learned", "sampled"] = Field(
+        "learned", description="K vectors of their own, or draws from one learned normal distribution (Slot Attention)"
+    )
     image_positions: Positions = Field("none", description="position code of the keys of image features")
     text_positions: Positions = Field("sine", description="position code of the keys of words")
 
@@ -54,17 +157,46 @@ class ModelConfig(_Settings):
     """Two encoders and the set prediction that both feed (its settings are shared, its weights are not)."""
 
     embed_size: int = Field(1024, ge=2, le=65536, description="D, the width of an embedding")
-    image_encoder: ConvNetConfig
-    text_encoder: BiGRUConfig
+    image_encoder: ImageEncoderConfig
+    text_encoder: TextEncoderConfig
     set_prediction: SetPredictionConfig = SetPredictionConfig()
 
+    padding: Literal["exact", "official"] = Field(
+        "exact",
+        description="exact: padding has no influence; official: as in the authors' code, for weights trained with it",
+    )
+
+    @property
+    def image_local_dim(self) -> int:
+        """Width of the local features that the image's slots read."""
+        encoder = self.image_encoder
+        if isinstance(encoder, ConvNetConfig) or encoder.head.projection != "none":
+            return self.embed_size
+        if isinstance(encoder, RegionsConfig):
+            return encoder.feature_dim
+        return 512 if encoder.architecture == "resnet18" else 2048
+
+    @property
+    def text_local_dim(self) -> int:
+        """Width of the local features that a caption's slots read."""
+        words = isinstance(self.text_encoder, BiGRUConfig) and self.text_encoder.local_features == "words"
+        return self.text_encoder.word_dim if words else self.embed_size  # type: ignore[union-attr]
+
     @model_validator(mode="after")
-    def _position_codes_fit(self) -> Self:
-        local_dim = (
-            self.text_encoder.word_dim if self.text_encoder.local_features == "words" else self.embed_size
-        )  # the code is added to the local features, and is made of pairs of a sine and a cosine
-        if self.set_prediction.text_positions == "sine" and local_dim % 2:
-            raise ValueError(f"text_positions='sine' needs text features of even width, got {local_dim}")
+    def _widths_fit(self) -> Self:
+        prediction, grid = self.set_prediction, not isinstance(self.image_encoder, RegionsConfig)
+        if isinstance(self.image_encoder, RegionsConfig) and prediction.image_positions != "none":
+            raise ValueError("regions come in no order: set set_prediction.image_positions='none'")
+        if prediction.image_positions != "none" and self.image_local_dim % (4 if grid else 2):
+            raise ValueError(
+                f"image_positions='{prediction.image_positions}' needs image features of a width that four divides, "
+                f"got {self.image_local_dim}"
+            )
+        if prediction.text_positions == "sine" and self.text_local_dim % 2:
+            raise ValueError(f"text_positions='sine' needs text features of even width, got {self.text_local_dim}")
+        concatenated = isinstance(self.text_encoder, BiGRUConfig) and self.text_encoder.directions == "concatenated"
+        if concatenated and self.embed_size % 2:
+            raise ValueError(f"directions='concatenated' needs an even embed_size, got {self.embed_size}")
         return self
 
 

@@ -1,7 +1,10 @@
 """Losses of set-embedding retrieval (Kim, Kim, Kwak, CVPR 2023), with the reductions of the authors' published code.
 
-Shape suffixes: I images, T captions, Q queries, G gallery, P positive pairs, B samples, K slots, N and M rows, D width.
-Everything is computed in float32 or better.
+First the definitions, which autograd differentiates; then, for batch_loss.py, the same for a training batch with the
+derivatives written out.
+
+Shape suffixes: I images, T captions, Q queries, G gallery, P pairs of a query and an item of the gallery, B samples, K
+slots, N and M rows, D width. Everything is computed in float32 or better.
 """
 
 from typing import NamedTuple
@@ -10,18 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from setwise.models.config import LossConfig, Negatives
-from setwise.models.set_prediction import SetEmbedding
-
-
-class LossParts(NamedTuple):
-    """The named parts of the loss, each a scalar before weighting, and `total`, what is minimised."""
-
-    i2t: Tensor
-    t2i: Tensor
-    mmd: Tensor
-    diversity: Tensor
-    total: Tensor
+from setwise.models.config import Negatives
 
 
 def triplet(scores: Tensor, positives: Tensor, margin: float, hardest: bool) -> Tensor:
@@ -32,8 +24,7 @@ def triplet(scores: Tensor, positives: Tensor, margin: float, hardest: bool) -> 
     the query's negatives; the loss is the mean over positive pairs. A query without negatives or without positives
     costs nothing.
     """
-    image_to_text, text_to_image = _both_directions(scores, positives, margin, "hardest" if hardest else "all")
-    return image_to_text + text_to_image
+    return _both_directions(scores, positives, margin, "hardest" if hardest else "all")
 
 
 def triplet_violating(scores: Tensor, positives: Tensor, margin: float) -> Tensor:
@@ -41,46 +32,40 @@ def triplet_violating(scores: Tensor, positives: Tensor, margin: float) -> Tenso
 
     Between the two others: the mean over all negatives fades as most of them are beaten, and the hardest alone let
     encoders that start from nothing collapse to one point, where every hinge equals the margin. This keeps its scale
-    and looks at every negative that is still too near. (The authors' semi-hard option is the same with the hinge cut at
-    the margin, which takes the gradient from exactly those that a positive has yet to overtake.)
+    and looks at every negative that is still too near.
     """
-    image_to_text, text_to_image = _both_directions(scores, positives, margin, "violating")
-    return image_to_text + text_to_image
+    return _both_directions(scores, positives, margin, "violating")
 
 
-def _both_directions(
-    scores_IT: Tensor, positives_IT: Tensor, margin: float, negatives: Negatives
-) -> tuple[Tensor, Tensor]:
+def triplet_semi_hard(scores: Tensor, positives: Tensor, margin: float) -> Tensor:
+    """As `triplet_violating`, with each hinge cut at the margin: the authors' semi-hard option.
+
+    So a negative that scores higher than the positive costs the margin, and has no gradient.
+    """
+    return _both_directions(scores, positives, margin, "semi_hard")
+
+
+def _both_directions(scores_IT: Tensor, positives_IT: Tensor, margin: float, negatives: Negatives) -> Tensor:
     scores_IT = _at_least_float32(scores_IT)
-    direction = {"all": _triplet_all, "hardest": _triplet_hardest, "violating": _triplet_violating}[negatives]
-    return direction(scores_IT, positives_IT, margin), direction(scores_IT.T, positives_IT.T, margin)
+    return _triplet(scores_IT, positives_IT, margin, negatives) + _triplet(
+        scores_IT.T, positives_IT.T, margin, negatives
+    )
 
 
-def _triplet_hardest(scores_QG: Tensor, positives_QG: Tensor, margin: float) -> Tensor:
-    # The hinge grows with the negative, so the hardest negative serves all positives of a query: no list of pairs is
-    # needed. Without a negative the maximum is -inf and the hinge 0.
-    hardest_Q1 = scores_QG.masked_fill(positives_QG, -torch.inf).amax(1, keepdim=True)
-    hinge_QG = F.relu(margin + hardest_Q1 - scores_QG)
-    return (hinge_QG * positives_QG).sum() / positives_QG.sum().clamp(min=1)
-
-
-def _triplet_all(scores_QG: Tensor, positives_QG: Tensor, margin: float) -> Tensor:
-    hinge_PG, negative_PG = _hinges(scores_QG, positives_QG, margin)
-    mean_P = hinge_PG.sum(1) / negative_PG.sum(1).clamp(min=1)
-    return mean_P.sum() / max(len(mean_P), 1)
-
-
-def _triplet_violating(scores_QG: Tensor, positives_QG: Tensor, margin: float) -> Tensor:
-    hinge_PG, _ = _hinges(scores_QG, positives_QG, margin)
-    return hinge_PG.sum() / (hinge_PG > 0).sum().clamp(min=1)
-
-
-def _hinges(scores_QG: Tensor, positives_QG: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """The hinge of each positive pair against each item of the gallery, 0 where that is no negative; and which are."""
-    query_P, gallery_P = positives_QG.nonzero(as_tuple=True)  # on a GPU this waits for the device
+def _triplet(scores_QG: Tensor, positives_QG: Tensor, margin: float, negatives: Negatives) -> Tensor:
+    query_P, gallery_P = positives_QG.nonzero(as_tuple=True)
     negative_PG = ~positives_QG[query_P]
-    hinge_PG = F.relu(margin + scores_QG[query_P] - scores_QG[query_P, gallery_P].unsqueeze(1))
-    return hinge_PG * negative_PG, negative_PG
+    hinge_PG = F.relu(margin + scores_QG[query_P] - scores_QG[query_P, gallery_P].unsqueeze(1)) * negative_PG
+    pairs = max(len(query_P), 1)
+    match negatives:
+        case "hardest":
+            return hinge_PG.amax(1).sum() / pairs
+        case "all":
+            return (hinge_PG.sum(1) / negative_PG.sum(1).clamp(min=1)).sum() / pairs
+        case "violating":
+            return hinge_PG.sum() / (hinge_PG > 0).sum().clamp(min=1)
+        case "semi_hard":
+            return hinge_PG.clamp(max=margin).sum() / (hinge_PG > 0).sum().clamp(min=1)
 
 
 def mmd(x: Tensor, y: Tensor, gamma: float) -> Tensor:
@@ -116,29 +101,118 @@ def diversity(slots: Tensor) -> Tensor:
     return torch.exp(-2 * squared_BP).sum() / max(squared_BP.numel(), 1)
 
 
-def set_embedding_loss(
-    scores: Tensor,
-    positives: Tensor,
-    images: SetEmbedding,
-    texts: SetEmbedding,
-    config: LossConfig,
-    *,
-    negatives: Negatives,
-) -> LossParts:
-    """The whole loss of one batch, by parts.
-
-    `scores` (I,T) compare `images.sets` (I,K,D) with `texts.sets` (T,J,D); `positives` (I,T) bool. MMD compares all
-    vectors of the sets, diversity reads the slots. A part whose weight is 0 is not computed and reads 0.
-    """
-    zero = scores.new_zeros((), dtype=torch.promote_types(scores.dtype, torch.float32))
-    i2t, t2i = _both_directions(scores, positives, config.margin, negatives)
-    discrepancy = (
-        mmd(images.sets.flatten(0, 1), texts.sets.flatten(0, 1), config.mmd_gamma) if config.mmd_weight else zero
-    )
-    closeness = diversity(images.slots) + diversity(texts.slots) if config.diversity_weight else zero
-    total = i2t + t2i + config.mmd_weight * discrepancy + config.diversity_weight * closeness
-    return LossParts(i2t, t2i, discrepancy, closeness, total)
-
-
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# With derivatives, for batches in which every caption has one positive, its image: `owners` (T,) int64 are the indices
+# of these. So no positives need to be searched for, and nothing waits for a device.
+
+
+class Pairs(NamedTuple):
+    """Where d(loss)/d(score) may differ from zero, and what it is."""
+
+    images: Tensor
+    """(P,) int64"""
+    texts: Tensor
+    """(P,) int64"""
+    slopes: Tensor
+    """(P,)"""
+
+
+def hardest_with_slopes(scores: Tensor, owners: Tensor, margin: float) -> tuple[Tensor, Tensor, Pairs]:
+    """`triplet` with the hardest negatives: image-to-text, text-to-image, and their gradient at I + 2 T pairs.
+
+    Overwrites the positives in `scores` (I,T).
+    """
+    own_T = _take_positives(scores, owners)
+    every_I, every_T = (torch.arange(count, device=owners.device) for count in scores.shape)
+    best_text_I, text_I = scores.max(1)
+    best_image_T, image_T = scores.max(0)
+    i2t_T, t2i_T = F.relu(margin + best_text_I[owners] - own_T), F.relu(margin + best_image_T - own_T)
+    i2t_slope_T, t2i_slope_T = (_slopes(hinge_T).to(own_T.dtype) / len(own_T) for hinge_T in (i2t_T, t2i_T))
+    i2t_slope_I = torch.zeros_like(best_text_I).index_add_(0, owners, i2t_slope_T)
+    pairs = Pairs(
+        images=torch.cat((owners, every_I, image_T)),
+        texts=torch.cat((every_T, text_I, every_T)),
+        slopes=torch.cat((-i2t_slope_T - t2i_slope_T, i2t_slope_I, t2i_slope_T)),
+    )
+    return i2t_T.mean(), t2i_T.mean(), pairs
+
+
+def averaged_with_slopes(
+    scores: Tensor, owners: Tensor, margin: float, negatives: Negatives, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The triplet losses that average over negatives: image-to-text, text-to-image, and their gradient (I,T).
+
+    Overwrites the positives in `scores` (I,T). The hinges of `block` positives at a time are in memory.
+    """
+    own_T = _take_positives(scores, owners)
+    every_T = torch.arange(len(owners), device=owners.device)
+    captions_I = own_T.new_zeros(len(scores)).index_add_(0, owners, torch.ones_like(own_T))
+    i2t_negatives_T, t2i_negatives_T = len(owners) - captions_I[owners], torch.full_like(own_T, len(scores) - 1)
+    i2t, slope_IT, i2t_own_T = _mean_hinge(scores, owners, own_T, i2t_negatives_T, margin, negatives, block)
+    t2i, slope_TI, t2i_own_T = _mean_hinge(scores.T, every_T, own_T, t2i_negatives_T, margin, negatives, block)
+    slope_IT.add_(slope_TI.T).index_put_((owners, every_T), i2t_own_T + t2i_own_T, accumulate=True)
+    return i2t, t2i, slope_IT
+
+
+def _mean_hinge(
+    scores_QG: Tensor,
+    query_P: Tensor,
+    own_P: Tensor,
+    negatives_P: Tensor,
+    margin: float,
+    negatives: Negatives,
+    block: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One direction, for positives that score `own_P` and whose queries have `negatives_P` negatives; its derivatives
+    by the negatives' scores (Q,G) and by `own_P`."""
+    share_P = 1 / (negatives_P.clamp(min=1) * len(own_P)) if negatives == "all" else torch.ones_like(own_P)
+    slope_QG, own_slope_P = torch.zeros_like(scores_QG), torch.zeros_like(own_P)
+    total, count = own_P.new_zeros(()), own_P.new_zeros((), dtype=torch.int64)
+    blocks = (torch.split(x, block) for x in (query_P, own_P, share_P, own_slope_P))
+    for query, own, share, own_slope in zip(*blocks, strict=True):
+        hinge_PG = scores_QG[query].sub_(own[:, None]).add_(margin).relu_()
+        sloping_PG = _slopes(hinge_PG)
+        count += sloping_PG.sum()
+        if negatives == "semi_hard":
+            sloping_PG &= ~(hinge_PG > margin)
+            hinge_PG.clamp_(max=margin)
+        total += hinge_PG.sum(1) @ share
+        slope_PG = sloping_PG * share[:, None]
+        slope_QG.index_add_(0, query, slope_PG)
+        own_slope.sub_(slope_PG.sum(1))
+    divisor = torch.ones_like(total) if negatives == "all" else count.clamp(min=1)
+    return total / divisor, slope_QG.div_(divisor), own_slope_P.div_(divisor)
+
+
+def _take_positives(scores_IT: Tensor, owners_T: Tensor) -> Tensor:
+    """The positives' scores (T,), in whose place -inf is left: a positive is nobody's negative, its hinge is 0."""
+    positive = owners_T, torch.arange(len(owners_T), device=owners_T.device)
+    own_T = scores_IT[positive]
+    scores_IT.index_put_(positive, torch.full_like(own_T, -torch.inf))
+    return own_T
+
+
+def _slopes(hinge: Tensor) -> Tensor:
+    """Where a hinge has a slope; also where it is no number, which shall show in the gradient."""
+    return ~(hinge <= 0)
+
+
+def diversity_with_gradient(slots: Tensor) -> tuple[Tensor, Tensor]:
+    """`diversity` and its gradient (B,K,D), from the slots' Gram matrices: for unit vectors, exp(-2 * squared distance)
+    is exp(4 * cosine - 4)."""
+    samples, size, _ = slots.shape
+    pairs = max(samples * size * (size - 1) // 2, 1)
+    gram_BKK = slots @ slots.transpose(1, 2)
+    inverse_BK = gram_BKK.diagonal(dim1=1, dim2=2).sqrt().clamp(min=1e-12).reciprocal()
+    inverse_BKK = inverse_BK[:, :, None] * inverse_BK[:, None]
+    cosine_BKK = gram_BKK * inverse_BKK
+    close_BKK = torch.exp(4 * cosine_BKK - 4)
+    close_BKK.diagonal(dim1=1, dim2=2).zero_()
+    slope_BKK = (4 / pairs) * close_BKK
+    # d(cosine) / d(slot i) is the direction of slot j, less its part along slot i.
+    mixture_BKK = slope_BKK * inverse_BKK
+    mixture_BKK.diagonal(dim1=1, dim2=2).copy_(-(slope_BKK * cosine_BKK).sum(2) * inverse_BK.square())
+    return close_BKK.sum() / (2 * pairs), mixture_BKK @ slots

@@ -26,21 +26,17 @@ def smooth_chamfer(image_sets: Tensor, text_sets: Tensor, alpha: float) -> Tenso
     (I,K,D) and (T,J,D) unit vectors to (I,T). By logsumexp, so it is finite for any alpha > 0. Scores may exceed 1:
     a set of K equal vectors compared with itself gives 1 + log(K) / alpha.
     """
-    logits_IKTJ = alpha * _cosines(image_sets, text_sets)
-    image_to_text_IT = logits_IKTJ.logsumexp(3).mean(1)
-    text_to_image_IT = logits_IKTJ.logsumexp(1).mean(2)
-    return (image_to_text_IT + text_to_image_IT) / (2 * alpha)
+    return _smooth_chamfer(_cosines(image_sets, text_sets), alpha)
 
 
 def chamfer(image_sets: Tensor, text_sets: Tensor) -> Tensor:
     """Chamfer similarity: each element's best cosine in the other set, averaged. (I,K,D), (T,J,D) to (I,T)."""
-    cosine_IKTJ = _cosines(image_sets, text_sets)
-    return (cosine_IKTJ.amax(3).mean(1) + cosine_IKTJ.amax(1).mean(2)) / 2
+    return _chamfer(_cosines(image_sets, text_sets))
 
 
 def mil(image_sets: Tensor, text_sets: Tensor) -> Tensor:
     """Multiple-instance similarity (PVSE): the best cosine of any pair. (I,K,D), (T,J,D) to (I,T)."""
-    return _cosines(image_sets, text_sets).amax((1, 3))
+    return _mil(_cosines(image_sets, text_sets))
 
 
 def match_probability(image_sets: Tensor, text_sets: Tensor, scale: Tensor | float, shift: Tensor | float) -> Tensor:
@@ -48,7 +44,26 @@ def match_probability(image_sets: Tensor, text_sets: Tensor, scale: Tensor | flo
 
     (I,K,D), (T,J,D) to (I,T), in 0..1.
     """
-    return torch.sigmoid(scale * _cosines(image_sets, text_sets) + shift).mean((1, 3))
+    return _match_probability(_cosines(image_sets, text_sets), scale, shift)
+
+
+def _smooth_chamfer(cosine_IKTJ: Tensor, alpha: float) -> Tensor:
+    logits_IKTJ = alpha * cosine_IKTJ
+    image_to_text_IT = logits_IKTJ.logsumexp(3).mean(1)
+    text_to_image_IT = logits_IKTJ.logsumexp(1).mean(2)
+    return (image_to_text_IT + text_to_image_IT) / (2 * alpha)
+
+
+def _chamfer(cosine_IKTJ: Tensor) -> Tensor:
+    return (cosine_IKTJ.amax(3).mean(1) + cosine_IKTJ.amax(1).mean(2)) / 2
+
+
+def _mil(cosine_IKTJ: Tensor) -> Tensor:
+    return cosine_IKTJ.amax((1, 3))
+
+
+def _match_probability(cosine_IKTJ: Tensor, scale: Tensor | float, shift: Tensor | float) -> Tensor:
+    return torch.sigmoid(scale * cosine_IKTJ + shift).mean((1, 3))
 
 
 class Similarity(nn.Module):
@@ -67,12 +82,16 @@ class Similarity(nn.Module):
 
     def forward(self, image_sets: Tensor, text_sets: Tensor) -> Tensor:
         """(I,K,D) and (T,J,D) unit vectors to scores (I,T)."""
+        return self.of_cosines(_cosines(image_sets, text_sets))
+
+    def of_cosines(self, cosines: Tensor) -> Tensor:
+        """All cosines (I,K,T,J) to scores (I,T), in the precision of the cosines."""
         match self.config.kind:
             case "smooth_chamfer":
-                return smooth_chamfer(image_sets, text_sets, self.config.alpha)
+                return _smooth_chamfer(cosines, self.config.alpha)
             case "chamfer":
-                return chamfer(image_sets, text_sets)
+                return _chamfer(cosines)
             case "mil":
-                return mil(image_sets, text_sets)
+                return _mil(cosines)
             case "match_probability":
-                return match_probability(image_sets, text_sets, self.scale, self.shift)
+                return _match_probability(cosines, self.scale, self.shift)

@@ -4,22 +4,56 @@ heads and pre-norm, as the authors' published code has it).
 Shape suffixes: B samples, N inputs, X width of an input, K slots, D width of a slot, H heads, C width of a head.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from setwise.models.dropout import SampleDropout
 
 Padding = Literal["exact", "official"]
+
+
+class Inputs(NamedTuple):
+    """What every iteration reads, made once by `SlotAttention.read`."""
+
+    keys: Tensor
+    """(B,N,X): normalised inputs and their position code, which the key projection is meant for."""
+    values: Tensor
+    """(B,N,X): normalised inputs, which the value projection is meant for."""
+    is_padding: Tensor | None
+    """(B,N) bool, True where there is no input."""
+
+
+class FeedForward(nn.Module):
+    """Layer normalisation and an MLP with one hidden layer, over the last dimension."""
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.hidden = nn.Linear(width, hidden)
+        self.dropout = SampleDropout(dropout)
+        self.output = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, keys: Tensor | None = None, call: int = 0) -> Tensor:
+        """(B,...,width) to the same; `keys` (B,) and `call` as in `SampleDropout`."""
+        hidden = F.gelu(self.hidden(self.norm(x)))
+        return self.output(self.dropout(hidden, keys, call))  # type: ignore[no-any-return]
 
 
 class SlotAttention(nn.Module):
     """One block, applied again and again with the same weights: slots attend to the inputs, then pass through an MLP.
 
     The softmax runs over the slots, so that they compete for every input; afterwards each slot's attention is
-    normalised over the inputs. `read` makes keys and values, which do not depend on the slots, once for all iterations.
+    normalised over the inputs.
+
+    Keys and values of the inputs are never formed. Slots are few and inputs many, so each head's key projection is
+    applied to the slots' queries, q (W x) = (q W) x, and its value projection to the attention's sums,
+    sum_n a_n (V x_n) = V sum_n a_n x_n: the same function with a fraction of the multiplications.
 
     `padding` says what padded inputs receive. "exact": nothing, so that a sample's result does not depend on how far it
-    was padded. "official": 1/K from every slot, as in that code, which masks before the
+    was padded, nor on what stands there. "official": 1/K from every slot, as in that code, which masks before the
     softmax over slots instead of after it; only for reproducing the numbers of weights trained that way.
     """
 
@@ -37,45 +71,54 @@ class SlotAttention(nn.Module):
         super().__init__()
         inner_dim = heads * head_dim
         self.heads = heads
+        self.head_dim = head_dim
         self.padding = padding
         self.slot_norm = nn.LayerNorm(slot_dim)
         self.input_norm = nn.LayerNorm(input_dim)
         self.to_query = nn.Linear(slot_dim, inner_dim, bias=False)
         self.to_key = nn.Linear(input_dim, inner_dim, bias=False)
         self.to_value = nn.Linear(input_dim, inner_dim, bias=False)
-        self.to_update = nn.Sequential(nn.Linear(inner_dim, slot_dim), nn.Dropout(dropout))
-        self.feed_forward = nn.Sequential(
-            nn.LayerNorm(slot_dim),
-            nn.Linear(slot_dim, ff_mult * slot_dim),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(ff_mult * slot_dim, slot_dim),
-        )
+        self.to_update = nn.Linear(inner_dim, slot_dim)
+        self.update_dropout = SampleDropout(dropout)
+        self.feed_forward = FeedForward(slot_dim, ff_mult * slot_dim, dropout)
 
-    def read(self, inputs: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values (B,H,N,C) of `inputs` (B,N,X); a position code (B,N,X) or (N,X) enters the keys only."""
-        normed_BNX = self.input_norm(inputs)
-        key_BNX = normed_BNX if positions is None else normed_BNX + positions
-        return self._split_heads(self.to_key(key_BNX)), self._split_heads(self.to_value(normed_BNX))
+    def read(self, inputs: Tensor, positions: Tensor | None = None, is_padding: Tensor | None = None) -> Inputs:
+        """Prepare `inputs` (B,N,X) for all iterations; a position code (B,N,X) or (N,X) enters the keys only."""
+        if is_padding is not None and self.padding == "exact":
+            inputs = inputs.masked_fill(is_padding[..., None], 0)  # or a NaN there would pass through 0 * NaN
+        values_BNX = self.input_norm(inputs)
+        device = values_BNX.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            # Once: autocast would make a copy in every iteration, and autograd would keep them all.
+            values_BNX = values_BNX.to(torch.get_autocast_dtype(device))
+        # Adding the code to the inputs takes as long as adding its logits to theirs in every iteration, and is simpler.
+        keys_BNX = values_BNX if positions is None else values_BNX + positions.to(values_BNX.dtype)
+        return Inputs(keys_BNX, values_BNX, is_padding)
 
     def forward(
-        self, slots: Tensor, keys: Tensor, values: Tensor, is_padding: Tensor | None = None
+        self, slots: Tensor, inputs: Inputs, keys: Tensor | None = None, call: int = 0
     ) -> tuple[Tensor, Tensor]:
         """The next `slots` (B,K,D) and the attention (B,H,K,N) that made them, which sums to 1 over the inputs.
 
-        `keys` and `values` come from `read`; `is_padding` (B,N) bool is True where there is no input.
+        `slots` (B,K,D), or (1,K,D) where all samples begin with the same: their queries are then computed once.
+        `inputs` come from `read`. `keys` (B,) are the samples' own for dropout, and `call` says which iteration this
+        is, as in `SampleDropout`.
         """
-        query_BHKC = self._split_heads(self.to_query(self.slot_norm(slots)))
-        logits_BHKN = query_BHKC @ keys.transpose(-1, -2) * query_BHKC.shape[-1] ** -0.5
+        batch, num_inputs, width = inputs.values.shape
+        num_slots, by_head = slots.shape[1], (self.heads, self.head_dim, width)
+        query_BKHC = self.to_query(self.slot_norm(slots)).view(len(slots), num_slots, *by_head[:2])
+        query_BHKX = torch.einsum("bkhc,hcx->bhkx", query_BKHC * self.head_dim**-0.5, self.to_key.weight.view(by_head))
+        logits = query_BHKX.flatten(1, 2) @ inputs.keys.transpose(1, 2)
+        logits_BHKN = logits.view(batch, self.heads, num_slots, num_inputs)
         precise = torch.promote_types(logits_BHKN.dtype, torch.float32)  # sums to 1 in half precision too
         attention_BHKN = logits_BHKN.softmax(dim=2, dtype=precise)
-        if is_padding is not None:
-            share = 0.0 if self.padding == "exact" else 1 / slots.shape[1]
-            attention_BHKN = attention_BHKN.masked_fill(is_padding[:, None, None, :], share)
+        if inputs.is_padding is not None:
+            share = 0.0 if self.padding == "exact" else 1 / num_slots
+            attention_BHKN = attention_BHKN.masked_fill(inputs.is_padding[:, None, None, :], share)
         attention_BHKN = attention_BHKN / (attention_BHKN.sum(-1, keepdim=True) + 1e-7)
-        update_BHKC = attention_BHKN.to(values.dtype) @ values
-        slots = slots + self.to_update(update_BHKC.transpose(1, 2).flatten(2))
-        return slots + self.feed_forward(slots), attention_BHKN
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        sums = attention_BHKN.flatten(1, 2).to(inputs.values.dtype) @ inputs.values
+        sums = sums.view(batch, self.heads, num_slots, width).transpose(0, 1).reshape(self.heads, -1, width)
+        update = self.to_value.weight.view(by_head) @ sums.transpose(1, 2)
+        update_BKHC = update.view(self.heads, self.head_dim, batch, num_slots).permute(2, 3, 0, 1)
+        slots = slots + self.update_dropout(self.to_update(update_BKHC.flatten(2)), keys, call)
+        return slots + self.feed_forward(slots, keys, call), attention_BHKN

@@ -42,6 +42,7 @@ StoreOption = Annotated[
     Path | None, typer.Option("--store", help="folder of data, runs and studies [default: $SETWISE_STORE or .setwise]")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on stdout instead of a table")]
+OnOption = Annotated[str | None, typer.Option("--on", metavar="PRESET", help="hardware, such as rtx3090x1 or h200x1")]
 Ref = Annotated[
     str, typer.Argument(metavar="REF", help="run name, 'last', best:STUDY, models:/NAME@ALIAS, or a checkpoint folder")
 ]
@@ -138,12 +139,16 @@ def data_prepare(
 
 
 @config_app.command("show")
-def config_show(name: Annotated[str, typer.Argument(help="recipe")], overrides: Overrides = None) -> None:
-    """A recipe with everything it inherits and defaults to."""
-    from setwise.pipelines import recipe
+def config_show(
+    name: Annotated[str, typer.Argument(help="recipe")], overrides: Overrides = None, on: OnOption = None
+) -> None:
+    """A recipe with everything it inherits and defaults to, and what a hardware preset sets."""
+    from setwise.pipelines import hardware
     from setwise.platform import config
 
-    results.out(config.to_yaml(recipe.load(name, overrides)), end="", highlight=False)
+    results.out(config.to_yaml(hardware.load_recipe(name, overrides, on)), end="", highlight=False)
+    if on is not None:
+        say(f"how many images are encoded at a time is settled by the plan: setwise train {name} --on {on} --dry-run")
 
 
 @config_app.command("check")
@@ -187,27 +192,46 @@ def train(
     name: Annotated[
         str | None, typer.Option(help="name of the run [default: recipe and a hash of its settings]")
     ] = None,
+    on: OnOption = None,
     store: StoreOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be trained, and train nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what it would take, here and on every preset, and train nothing")
+    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Train a recipe with Ray Train. The same command again goes on where it stopped."""
-    from setwise.pipelines import recipe as recipes
+    from setwise.pipelines import hardware
 
-    loaded = recipes.load(recipe, overrides)
-    from setwise.pipelines import launch, references
+    loaded = hardware.load_recipe(recipe, overrides, on)
+    from setwise.pipelines import estimate, launch, references
 
     folder = open_store(store)
+    launch.check_trainable(loaded)
+    if dry_run:
+        from setwise.pipelines import plan as plans
+
+        dry = plans.make(recipe, overrides, on, folder)
+        if as_json:
+            emit(dry.to_json())
+        else:
+            results.print(dry.table())
+        return
+    if on is not None:
+        loaded = estimate.settled(loaded, on, folder)
     plan = launch.plan(recipe, loaded, name, folder)
     say(plan.describe())
-    if dry_run:
-        return
     try:
         run = launch.execute(plan, open_tracker(folder), say)
     except KeyboardInterrupt:
-        again = " ".join(["setwise train", recipe, *(overrides or []), "--name", plan.name])
+        place = ["--on", on] if on is not None else []
+        again = " ".join(["setwise train", recipe, *(overrides or []), *place, "--name", plan.name])
         say(f"interrupted; nothing is lost. To go on: {again}")
         raise
-    results.print(f"{plan.name}: best val/rsum {references.best_value(run):.1f}\n{run.folder}", soft_wrap=True)
+    best = references.best_value(run)
+    if as_json:
+        emit({"run": plan.name, "folder": str(run.folder), "best": {"val/rsum": best}})
+    else:
+        results.print(f"{plan.name}: best val/rsum {best:.1f}\n{run.folder}", soft_wrap=True)
     say(f"next: setwise eval {plan.name}    setwise promote {plan.name}    setwise ui")
 
 

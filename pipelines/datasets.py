@@ -92,6 +92,33 @@ class Source:
         return read_karpathy(self.annotations, self.images)
 
 
+@dataclass(frozen=True)
+class Published:
+    """Sizes of a data set as everybody uses it, for planning with it before it is prepared.
+
+    Images of a split, captions that belong to each, words of the vocabulary, and regions of an image where it comes as
+    features of a detector.
+    """
+
+    train: int
+    val: int
+    test: int
+    vocabulary: int
+    captions: int = 5
+    regions: int | None = None
+
+
+PUBLISHED = {
+    "coco": Published(train=113_287, val=5_000, test=5_000, vocabulary=11_755),
+    "coco_butd": Published(train=113_287, val=5_000, test=5_000, vocabulary=11_353, regions=36),
+    "f30k": Published(train=29_000, val=1_014, test=1_000, vocabulary=8_590),
+    "f30k_butd": Published(train=29_000, val=1_014, test=1_000, vocabulary=8_481, regions=36),
+    "digits": Published(train=6_000, val=500, test=5_000, vocabulary=58),
+}
+"""By the names that recipes give. The Karpathy splits, with COCO's `restval` in training, and the words of the authors'
+published vocabularies; `digits` is as `setwise data prepare digits` makes it."""
+
+
 def known() -> tuple[str, ...]:
     """Data sets that can be prepared by name."""
     return ("digits",)

@@ -20,7 +20,7 @@ from setwise.platform import storage
 
 def open_split(model: TrainedModel, prepared: Prepared, name: str) -> Split:
     """A split as this model reads it: its image size, its vocabulary."""
-    return Split(prepared, name, model.recipe.data.image_size, model.vocabulary)
+    return Split(prepared, name, model.recipe.data, model.vocabulary)
 
 
 def embeddings(model: TrainedModel, prepared: Prepared, split: Split, store: Path) -> Embeddings:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from setwise.pipelines import prepare, records
+from setwise.pipelines import batches, datasets, prepare, records
 from setwise.pipelines.recipe import Recipe
 from setwise.platform import cluster, config, run, storage
-from setwise.platform.errors import SetwiseError
+from setwise.platform.errors import ConfigError, DataError, SetwiseError
 from setwise.platform.run import Run
 from setwise.platform.tracking import Courier, Tracker
 
@@ -34,7 +34,7 @@ class Plan:
         train = self.recipe.train
         return (
             f"run '{self.name}': {train.epochs} epochs of {self.steps_per_epoch} steps, {train.batch_size} images a "
-            f"step over {train.workers} worker{'s' if train.workers > 1 else ''}, "
+            f"step over {train.workers} worker{'s' if train.workers > 1 else ''}, {train.precision}, "
             f"K = {self.recipe.model.set_prediction.num_slots}, D = {self.recipe.model.embed_size}"
         )
 
@@ -45,15 +45,31 @@ def plan(recipe_name: str, recipe: Recipe, name: str | None, store: Path) -> Pla
     The same settings give the same name, so the same command finds its run again.
 
     Raises:
-        ConfigError: the name cannot be one.
+        ConfigError: the name cannot be one, or the recipe is not for training.
         DataError: the data is not prepared.
     """
+    check_trainable(recipe)
     title = Path(recipe_name).stem
+    data = recipe.data.name
+    if data in datasets.PUBLISHED and data not in datasets.known() and not (store / "data" / data).exists():
+        raise DataError(
+            f"data set '{data}' is not prepared in {store}, and cannot be prepared by name yet "
+            f"({', '.join(datasets.known())} can). What its training would take: setwise train {recipe_name} --dry-run"
+        )
     prepared = prepare.open_prepared(recipe.data.name, store)
     digest = storage.fingerprint([recipe.model_dump(mode="json"), prepared.fingerprint])[:6]
     images = prepared.manifest["splits"]["train"]["images"]
-    steps = max(1, images // recipe.train.batch_size)
+    steps = batches.batches_per_epoch(images, recipe.train.batch_size, recipe.train.drop_last)
     return Plan(run.check_name(name or f"{title}-{digest}"), recipe, store, title, steps)
+
+
+def check_trainable(recipe: Recipe) -> None:
+    """Raises ConfigError for a model that is only there to load weights."""
+    if recipe.model.padding == "official":
+        raise ConfigError(
+            "model.padding=official is for weights that the authors' code trained, so that they give the same numbers: "
+            "padding takes attention there, and a caption's set depends on its batch. Train with model.padding=exact."
+        )
 
 
 def execute(plan: Plan, tracker: Tracker, say: Say) -> Run:
@@ -152,7 +168,8 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
-    from setwise.pipelines.train import Worker, train
+    from setwise.pipelines.train import train
+    from setwise.pipelines.workers import Worker
 
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())

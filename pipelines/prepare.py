@@ -30,7 +30,7 @@ from setwise.platform import storage
 from setwise.platform.config import Settings
 from setwise.platform.errors import DataError
 
-SCHEMA = 1
+SCHEMA = 2
 Say = Callable[[str], None]
 
 

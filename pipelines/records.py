@@ -15,17 +15,19 @@ from setwise.platform.run import Run
 from setwise.platform.tracking import Outbox
 
 
-def begin(outbox: Outbox, training: Run, recipe: Recipe, prepared: Prepared) -> None:
-    """Parameters, data, configuration, environment, commit and diff; once in the life of a run."""
+def begin(outbox: Outbox, training: Run, recipe: Recipe, prepared: Prepared, start_tags: dict[str, str]) -> None:
+    """Parameters, data, configuration, environment, commit and diff, and from which published weights it started
+    (`start_tags`); once in the life of a run."""
     if run.read_events(outbox.path):
         return
     identity = storage.read_json(training.folder / "run.json")
     flat = config.flatten(recipe)
     tags = {
-        "setwise.recipe": recipe_name(recipe),
+        "setwise.recipe": recipe.title,
         "setwise.data": prepared.fingerprint,
         "mlflow.source.git.commit": str(identity["commit"]),
         "setwise.code_changed": str(identity["dirty"]),
+        **start_tags,
     }
     files = ("config.yaml", "environment.json", "run.json", "code.diff")
     outbox.append(
@@ -67,8 +69,3 @@ def reason(training: Run) -> str:
     """Why a run failed, as `end` was told."""
     tags = [event["values"] for event in run.read_events(training.events) if event["kind"] == "tags"]
     return next((values["setwise.reason"] for values in reversed(tags) if "setwise.reason" in values), "unknown")
-
-
-def recipe_name(recipe: Recipe) -> str:
-    """data_imageEncoder_textEncoder, the way recipes are named."""
-    return f"{recipe.data.name}_{recipe.model.image_encoder.kind}_{recipe.model.text_encoder.kind}"

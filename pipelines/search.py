@@ -53,7 +53,7 @@ def search(query: str, reference: Reference, store: Path, top: int = 5, split: s
     name = prepared.manifest["name"]
 
     if Path(query).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
-        pixels = batches.decode(_image_file(Path(query)), model.recipe.data.image_size)
+        pixels = batches.evaluation_pixels(_image_file(Path(query)), model.recipe.data)
         scores = model.scores(model.encode_images(pixels[None]), sets.text_sets)[0]
         texts = [text for captions in gallery.captions for text in captions]
         hits: list[Hit] = []

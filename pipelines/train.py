@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
-import torch.distributed.nn.functional
 from torch import Tensor, nn
 
-from setwise.models.losses import LossParts, set_embedding_loss
-from setwise.models.set_prediction import SetEmbedding
-from setwise.pipelines import batches, metrics, optimizer, prepare, records, trained_model
-from setwise.pipelines.batches import Batch, Split
+from setwise.models.batch_loss import LossParts, batch_loss
+from setwise.pipelines import batches, metrics, optimizer, prepare, pretrained, records, trained_model, workers
+from setwise.pipelines.batches import Share, Split
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.trained_model import Retrieval
+from setwise.pipelines.workers import Worker
 from setwise.platform import checkpoint, seeding, storage
 from setwise.platform.errors import DataError, SetwiseError
 from setwise.platform.run import Run
@@ -30,19 +27,13 @@ from setwise.platform.tracking import Outbox
 
 Report = Callable[[dict[str, float]], None]
 METRIC = "val/rsum"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOOK_EVERY = 50
+"""Steps between two looks at whether the loss is finite, each of which waits for a GPU."""
 
 
 class DivergedError(SetwiseError):
     """The loss is not a finite number any more."""
-
-
-@dataclass(frozen=True)
-class Worker:
-    """This process among those that train together."""
-
-    rank: int = 0
-    world: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report) -> None:
@@ -60,38 +51,41 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
     torch.set_num_threads(config.threads)
     device = worker.device
 
-    # Data. The order of each epoch is a pure function of (seed, epoch).
+    # Data. What is in a batch, and how it is augmented, is a pure function of (seed, epoch, place).
     prepared = prepare.open_prepared(recipe.data.name, store)
-    words = batches.open_vocabulary(prepared)
-    training = Split(prepared, "train", recipe.data.image_size, words)
-    validation = Split(prepared, "val", recipe.data.image_size, words)
-    steps_per_epoch = batches.batches_per_epoch(len(training), config.batch_size)
+    words = batches.open_words(recipe, prepared)
+    training = Split(prepared, "train", recipe.data, words)
+    validation = Split(prepared, "val", recipe.data, words)
+    steps_per_epoch = batches.batches_per_epoch(len(training), config.batch_size, config.drop_last)
     total_steps = steps_per_epoch * config.epochs
 
     # Model and optimizer: the same initial weights on every worker.
     seeding.seed_everything(seeding.derive(config.seed, "weights"))
-    retrieval = Retrieval(recipe, len(words)).to(device)
+    retrieval = Retrieval(recipe, len(words))
+    # One worker looks, since looking sets a damaged checkpoint aside.
+    newest = workers.from_first(checkpoint.newest(run.checkpoints) if worker.rank == 0 else None, worker)
+    start_tags = {} if newest else pretrained.start(retrieval.retriever, recipe, words, store / "weights")
+    retrieval.to(device)
+    if device.type == "cuda":
+        retrieval.to(memory_format=torch.channels_last)  # in which tensor cores read images
     adamw = optimizer.make(retrieval, recipe.optimizer)
-    forward: nn.Module = retrieval.retriever
-    if worker.world > 1:
-        forward = nn.parallel.DistributedDataParallel(forward, device_ids=[device] if device.type == "cuda" else None)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
-    # Resume: 1. the newest checkpoint that verifies; 2. else from the start. Random state last.
-    seeding.seed_everything(seeding.derive(config.seed, "training", worker.rank))
+    # Resume: 1. the newest checkpoint that verifies; 2. else from the start. No random state: all is drawn by key.
     history: list[dict[str, float]] = []
     seconds_before = 0.0
-    if (folder := checkpoint.newest(run.checkpoints)) is not None:
-        _check_data(checkpoint.metadata(folder)["data"], prepared, run)
-        retrieval.load_state_dict(checkpoint.weights(folder))
-        saved = checkpoint.training_state(folder)
+    if newest is not None:
+        _check_data(checkpoint.metadata(newest)["data"], prepared, run)
+        retrieval.load_state_dict(checkpoint.weights(newest))
+        saved = checkpoint.training_state(newest)
         adamw.load_state_dict(saved["optimizer"])
-        history = checkpoint.metadata(folder)["history"]
+        scaler.load_state_dict(saved["scaler"])
+        history = checkpoint.metadata(newest)["history"]
         seconds_before = history[-1]["train/seconds"]
-        seeding.restore_global_state(saved["random"][str(worker.rank)])
-    _synchronize(worker)
+    workers.synchronize(worker)
     outbox = Outbox(run.events) if worker.rank == 0 else None
     if outbox is not None:
-        records.begin(outbox, run, recipe, prepared)
+        records.begin(outbox, run, recipe, prepared, start_tags)
         for values in history:  # a crash may have fallen between a checkpoint and its event
             outbox.metrics(int(values["epoch"]), values)
         if history:
@@ -99,77 +93,97 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
     for values in history:  # whoever restarted us knows nothing of the epochs before
         report(values)
 
+    if config.compile:
+        retrieval.retriever.image_sets.compile()
+        retrieval.retriever.text_sets.compile()
+    forward: nn.Module | None = None
     started = time.monotonic()
     for epoch in range(len(history) + 1, config.epochs + 1):
+        if optimizer.freeze(retrieval, recipe.optimizer, epoch) or forward is None:
+            forward = workers.parallel(retrieval.retriever, worker)
         retrieval.train()
         sums: dict[str, Tensor] = {}
+        failure = torch.full((len(LossParts._fields) + 2,), -1.0, device=device)
 
-        for number, batch in enumerate(_share(training, config.batch_size, config.seed, epoch, worker)):
+        shares = batches.training_batches(
+            training, config.batch_size, config.seed, epoch, worker.rank, worker.world, config.drop_last
+        )
+        for number, share in enumerate(shares):
             step = (epoch - 1) * steps_per_epoch + number
-            optimizer.set_learning_rate(adamw, optimizer.learning_rate(recipe.optimizer, step, total_steps))
+            rate = optimizer.learning_rate(recipe.optimizer, step, total_steps, steps_per_epoch)
+            optimizer.set_learning_rate(adamw, rate)
 
-            parts = batch_loss(forward, retrieval, batch.to(device), recipe, step / steps_per_epoch, worker)
-            adamw.zero_grad(set_to_none=True)
-            parts.total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            norm = nn.utils.clip_grad_norm_(retrieval.parameters(), recipe.optimizer.clip_norm)
-            if not torch.isfinite(norm):
-                raise DivergedError(_divergence(step, epoch, parts, norm))
-            adamw.step()
+            parts = global_loss(forward, retrieval, share.to(device), recipe, step / steps_per_epoch, worker)
+            norm = update(parts.total, retrieval, adamw, scaler, recipe.optimizer.clip_norm)
 
+            # Numbers stay on the device: to look at one would wait for the GPU.
+            failure = _first_failure(failure, step, parts, norm, overflow_is_handled=scaler.is_enabled())
+            if device.type == "cpu" or number % LOOK_EVERY == LOOK_EVERY - 1:
+                _stop_at(failure, steps_per_epoch)
             for name, value in {**parts._asdict(), "gradient_norm": norm}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
+        _stop_at(failure, steps_per_epoch)
 
         # The epoch's end: validate, checkpoint, then tell; in this order, so that what was told can be found again.
-        values = {"epoch": float(epoch), "train/lr": adamw.param_groups[0]["lr"]}
+        values = {"epoch": float(epoch), "train/lr": rate}
         values |= {f"train/{name}": float(value) / steps_per_epoch for name, value in sums.items()}
-        random_states = _gather_random_states(worker)
         if worker.rank == 0:
             values |= validate(retrieval, validation, config.eval_batch_size, device)
         values["train/seconds"] = seconds_before + time.monotonic() - started
         history = [*history, values]
         if outbox is not None:
             metadata = _metadata(recipe, words.words, batches.dataset_identity(prepared), run, history)
-            state = {"optimizer": adamw.state_dict(), "random": random_states}
+            state = {"optimizer": adamw.state_dict(), "scaler": scaler.state_dict()}
             checkpoint.save(run.checkpoints / _name(epoch), retrieval.state_dict(), metadata, state)
             best = _point_to_best(run, history)
-            newest = [_name(kept) for kept in range(epoch, epoch - config.keep_checkpoints, -1)]
-            checkpoint.prune(run.checkpoints, keep={best, *newest})
+            kept = [_name(number) for number in range(epoch, epoch - config.keep_checkpoints, -1)]
+            checkpoint.prune(run.checkpoints, keep={best, *kept})
             outbox.metrics(epoch, values)
-        _synchronize(worker)
+        workers.synchronize(worker)
         report(values)
 
 
-def batch_loss(
-    forward: nn.Module, retrieval: Retrieval, batch: Batch, recipe: Recipe, epoch: float, worker: Worker
+def global_loss(
+    forward: nn.Module, retrieval: Retrieval, share: Share, recipe: Recipe, epoch: float, worker: Worker
 ) -> LossParts:
-    """The loss of one global batch.
+    """The loss of one global batch, the same on every worker, of which each differentiates its own share."""
+    batch, train = share.batch, recipe.train
+    with torch.autocast(worker.device.type, PRECISIONS[train.precision], enabled=train.precision != "fp32"):
+        images, texts = forward(
+            batch.images,
+            batch.tokens,
+            batch.lengths,
+            image_keys=share.image_keys,
+            text_keys=share.text_keys,
+            micro_batch=train.micro_batch,
+        )
+    images = workers.gather(images, share.images, worker)
+    texts = workers.gather(texts, share.captions, worker)
+    return batch_loss(images, texts, share.owners, retrieval.similarity, recipe.loss, recipe.loss.negatives_at(epoch))
 
-    Sets and slots are gathered from all workers with their gradients, so that every worker sees the negatives of all.
-    Each then computes the same loss, and the sum over workers that gathering's backward takes is undone by the mean
-    that DistributedDataParallel takes.
+
+def update(
+    loss: Tensor, module: nn.Module, adamw: torch.optim.AdamW, scaler: torch.amp.GradScaler, clip_norm: float
+) -> Tensor:
+    """One update of the weights of `module`, by the gradient of `loss`, whose norm is returned and then limited.
+
+    In fp16 nothing is updated where a gradient overflowed, and the scale is lowered.
     """
-    images, texts = forward(batch.images, batch.tokens, batch.lengths)
-    owners = batch.owners
-    if worker.world > 1:
-        owners = _gather_owners(owners, len(batch.images), worker)
-        images = SetEmbedding(sets=_gather(images.sets, worker), slots=_gather(images.slots, worker))
-        texts = SetEmbedding(sets=_gather(texts.sets, worker), slots=_gather(texts.slots, worker))
-    scores = retrieval.similarity(images.sets, texts.sets)
-    positives = owners[None, :] == torch.arange(len(images.sets), device=owners.device)[:, None]
-    return set_embedding_loss(scores, positives, images, texts, recipe.loss, negatives=recipe.loss.negatives_at(epoch))
+    adamw.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    scaler.unscale_(adamw)
+    norm = nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
+    scaler.step(adamw)
+    scaler.update()
+    return norm
 
 
 def validate(retrieval: Retrieval, split: Split, batch_size: int, device: torch.device) -> dict[str, float]:
     """R@K and RSUM on the validation split, as `val/...`; draws no random number."""
     sets = trained_model.embed(retrieval.retriever, split, batch_size, device)
-    with torch.inference_mode():
-        scores = retrieval.similarity(sets.image_sets.to(device), sets.text_sets.to(device)).float().cpu().numpy()
+    scores = trained_model.score(retrieval.similarity, sets.image_sets, sets.text_sets, device).numpy()
     positives = (sets.owners[None, :] == torch.arange(len(split))[:, None]).numpy()
     return {f"val/{name}": value for name, value in metrics.retrieval_metrics(scores, positives).items()}
-
-
-def _share(split: Split, batch_size: int, seed: int, epoch: int, worker: Worker) -> Any:
-    return batches.training_batches(split, batch_size, seed, epoch, worker.rank, worker.world)
 
 
 def _name(epoch: int) -> str:
@@ -206,48 +220,25 @@ def _point_to_best(run: Run, history: list[dict[str, float]]) -> str:
     return name
 
 
-def _divergence(step: int, epoch: int, parts: LossParts, norm: Tensor) -> str:
-    values = ", ".join(f"{name} {float(value.detach()):g}" for name, value in parts._asdict().items())
-    return (
-        f"the loss is not finite any more at step {step} (epoch {epoch}): {values}, gradient norm {float(norm):g}. "
-        "The checkpoints before it are kept. Try a lower optimizer.lr or optimizer.clip_norm."
+def _first_failure(failure: Tensor, step: int, parts: LossParts, norm: Tensor, *, overflow_is_handled: bool) -> Tensor:
+    """`failure` (step, parts of the loss, gradient norm), once it holds a step; else of this step if it is not finite.
+
+    Where the gradients are scaled, some that overflow are expected, and only the loss has to be finite.
+    """
+    values = torch.stack([value.detach().float() for value in (*parts, norm)])
+    judged = values[:-1] if overflow_is_handled else values
+    happened = (failure[0] >= 0) | judged.isfinite().all()
+    return torch.where(happened, failure, torch.cat([values.new_full((1,), step), values]))
+
+
+def _stop_at(failure: Tensor, steps_per_epoch: int) -> None:
+    """Raises DivergedError if a failure is recorded."""
+    step, *values = failure.tolist()
+    if step < 0:
+        return
+    told = ", ".join(f"{name} {value:g}" for name, value in zip(LossParts._fields, values, strict=False))
+    raise DivergedError(
+        f"the loss is not finite any more at step {step:.0f} (epoch {step // steps_per_epoch + 1:.0f}): {told}, "
+        f"gradient norm {values[-1]:g}. The checkpoints before it are kept. Try a lower optimizer.lr or "
+        "optimizer.clip_norm."
     )
-
-
-def _synchronize(worker: Worker) -> None:
-    if worker.world > 1:
-        torch.distributed.barrier()
-
-
-def _gather(rows: Tensor, worker: Worker) -> Tensor:
-    """The rows of all workers in the order of ranks, with gradients. Shares may differ: they are padded, then cut."""
-    counts = _counts(len(rows), rows.device, worker)
-    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
-    parts = torch.distributed.nn.functional.all_gather(padded)  # type: ignore[no-untyped-call]
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-def _gather_owners(owners: Tensor, images: int, worker: Worker) -> Tensor:
-    """Indices of owners in the gathered images: each worker's are moved by the images of those before it."""
-    before = sum(_counts(images, owners.device, worker)[: worker.rank])
-    counts = _counts(len(owners), owners.device, worker)
-    padded = torch.cat([owners + before, owners.new_zeros(max(counts) - len(owners))])
-    parts = [torch.empty_like(padded) for _ in range(worker.world)]
-    torch.distributed.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-def _counts(rows: int, device: torch.device, worker: Worker) -> list[int]:
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(worker.world)]
-    torch.distributed.all_gather(counts, torch.tensor([rows], device=device))
-    return [int(count) for count in counts]
-
-
-def _gather_random_states(worker: Worker) -> dict[str, Any]:
-    """Random states of all workers by rank, so that each goes on with its own dropout."""
-    states: list[Any] = [None] * worker.world
-    if worker.world == 1:
-        states = [seeding.global_state()]
-    else:
-        torch.distributed.all_gather_object(states, seeding.global_state())
-    return {str(rank): state for rank, state in enumerate(states)}

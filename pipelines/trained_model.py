@@ -18,7 +18,7 @@ from setwise.models.similarity import Similarity
 from setwise.pipelines import batches
 from setwise.pipelines.batches import Batch, Split
 from setwise.pipelines.recipe import Recipe
-from setwise.pipelines.vocabulary import Vocabulary
+from setwise.pipelines.word_pieces import Words, tokeniser
 from setwise.platform import checkpoint, storage
 from setwise.platform.errors import DataError
 
@@ -55,7 +55,7 @@ class TrainedModel:
 
     retrieval: Retrieval
     recipe: Recipe
-    vocabulary: Vocabulary
+    vocabulary: Words
     metadata: dict[str, Any]
     device: torch.device
 
@@ -77,17 +77,9 @@ class TrainedModel:
         sets: Tensor = self.retrieval.retriever.encode_texts(tokens.to(self.device), lengths).sets
         return sets.float().cpu()
 
-    @torch.inference_mode()
     def scores(self, image_sets: Tensor, text_sets: Tensor) -> Tensor:
-        """(I,K,D) against (T,J,D) to (I,T) on the CPU, computed on the device block by block."""
-        scores = torch.empty(len(image_sets), len(text_sets))
-        images, texts = image_sets.to(self.device), text_sets.to(self.device)
-        rows, columns = SCORE_BLOCK
-        for i in range(0, len(images), rows):
-            for t in range(0, len(texts), columns):
-                block = self.retrieval.similarity(images[i : i + rows], texts[t : t + columns])
-                scores[i : i + rows, t : t + columns] = block
-        return scores
+        """(I,K,D) against (T,J,D) to (I,T) on the CPU."""
+        return score(self.retrieval.similarity, image_sets, text_sets, self.device)
 
 
 def default_device() -> torch.device:
@@ -105,7 +97,7 @@ def load(folder: Path, device: torch.device | None = None) -> TrainedModel:
     metadata = checkpoint.metadata(folder)
     try:
         recipe = Recipe.model_validate(metadata["recipe"])
-        vocabulary = Vocabulary(tuple(metadata["vocabulary"]))
+        vocabulary = tokeniser(tuple(metadata["vocabulary"]))
     except (KeyError, ValueError) as error:
         raise DataError(f"{folder}: not a checkpoint of a retrieval model ({error})") from error
     device = device or default_device()
@@ -114,6 +106,18 @@ def load(folder: Path, device: torch.device | None = None) -> TrainedModel:
     retrieval.to(device).eval()
     weights = storage.read_json(folder / checkpoint.MANIFEST)["files"][checkpoint.WEIGHTS]["sha256"]
     return TrainedModel(retrieval, recipe, vocabulary, metadata | {"weights_sha256": weights}, device)
+
+
+@torch.inference_mode()
+def score(similarity: Similarity, image_sets: Tensor, text_sets: Tensor, device: torch.device) -> Tensor:
+    """(I,K,D) against (T,J,D) to (I,T) float32 on the CPU, computed on `device` block by block."""
+    scores = torch.empty(len(image_sets), len(text_sets))
+    images, texts = image_sets.to(device), text_sets.to(device)
+    rows, columns = SCORE_BLOCK
+    for i in range(0, len(images), rows):
+        for t in range(0, len(texts), columns):
+            scores[i : i + rows, t : t + columns] = similarity(images[i : i + rows], texts[t : t + columns])
+    return scores
 
 
 @torch.inference_mode()

@@ -56,10 +56,14 @@ class Layer:
     places: dict[Keys, Place] = field(default_factory=dict)
 
     def merge(self, later: Layer) -> Layer:
-        """This layer with `later` laid over it: mappings are merged key by key, everything else is replaced."""
+        """This layer with `later` laid over it: mappings are merged key by key, everything else is replaced.
+
+        A mapping that names another `kind` than the one below it is another thing, and replaces it too.
+        """
         merged = Layer(_merged(self.values, later.values), dict(self.places))
         for keys in later.places:
-            if not isinstance(_lookup(later.values, keys), dict):  # replaced whole: what was inside is gone
+            value = _lookup(later.values, keys)
+            if not isinstance(value, dict) or _is_another(_lookup(self.values, keys), value):  # what was inside is gone
                 for inner in [place for place in merged.places if place[: len(keys)] == keys]:
                     del merged.places[inner]
         merged.places.update(later.places)
@@ -67,16 +71,26 @@ class Layer:
 
 
 def _lookup(values: Any, keys: Keys) -> Any:
+    """The value at `keys`; None where there is none."""
     for key in keys:
-        values = values[key]
+        try:
+            values = values[key]
+        except (KeyError, IndexError, TypeError):
+            return None
     return values
+
+
+def _is_another(below: Any, above: dict[str, Any]) -> bool:
+    return isinstance(below, dict) and "kind" in above and "kind" in below and above["kind"] != below["kind"]
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
-        result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        if isinstance(old, dict) and isinstance(value, dict) and not _is_another(old, value):
+            value = _merged(old, value)
+        result[key] = value
     return result
 
 
@@ -211,11 +225,13 @@ def build(model: type[S], layer: Layer, overrides: Sequence[str] = ()) -> S:
         ConfigError: with every mistake found, one paragraph each.
     """
     problems: list[str] = []
+    over = Layer()  # first put together, so that their order does not matter where one names another `kind`
     for text in overrides:
         try:
-            layer = layer.merge(parse_override(text))
+            over = over.merge(parse_override(text))
         except ConfigError as error:
             problems.append(str(error))
+    layer = layer.merge(over)
     try:
         settings = model.model_validate(layer.values)
     except ValidationError as error:

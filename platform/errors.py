@@ -36,7 +36,7 @@ class DataError(SetwiseError):
 
 
 class UnreachableError(SetwiseError):
-    """The cluster or the tracking server cannot be reached."""
+    """The cluster, the tracking server, or where published weights are to come from, cannot be reached."""
 
     exit_code = 6
 

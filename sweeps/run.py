@@ -142,6 +142,7 @@ def _trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
     from ray import tune
 
     from setwise.pipelines import launch, train, trained_model
+    from setwise.pipelines.workers import Worker
     from setwise.platform import config as configuration
 
     store = Path(settings["store"])
@@ -155,7 +156,7 @@ def _trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
 
     if recipe.train.workers == 1:
         with run.writing(training):
-            train.train(recipe, training, store, train.Worker(device=trained_model.default_device()), report)
+            train.train(recipe, training, store, Worker(device=trained_model.default_device()), report)
     else:
         launch.train_with_ray(recipe, training, store, on_epoch=report)
 

@@ -31,31 +31,32 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_the_wheel_holds_every_module_and_every_recipe_and_study(wheel: Path) -> None:
+def test_the_wheel_holds_every_module_recipe_preset_and_study(wheel: Path) -> None:
     expected = {
         f"setwise/{folder}/{path.relative_to(ROOT / folder)}"
         for folder in FOLDERS
-        for pattern in ("*.py", "*.yaml", "recipes/*.yaml")
+        for pattern in ("*.py", "*.yaml", "recipes/*.yaml", "presets/*.yaml")
         for path in (ROOT / folder).glob(pattern)
     }
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == expected
 
 
-def test_the_installed_wheel_finds_its_recipes(wheel: Path, tmp_path: Path) -> None:
+def test_the_installed_wheel_finds_its_recipes_and_presets(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path / "site")!r})
-from setwise.pipelines import recipe
+from setwise.pipelines import hardware, recipe
 from setwise.sweeps import space
 assert recipe.__file__.startswith({str(tmp_path)!r}), recipe.__file__
 print(*(recipe.load(name).data.name for name in recipe.names()))
+print(*(hardware.load(name)[0].device for name in hardware.names()))
 print(*(space.load(name)[0].recipe for name in space.names()))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "digits" in done.stdout and "digits_cnn_bigru" in done.stdout
+    assert all(name in done.stdout for name in ("digits", "coco_butd", "NVIDIA H200", "digits_cnn_bigru"))
 
 
 def test_the_lock_has_hashes_and_no_address() -> None:

@@ -32,11 +32,17 @@ def test_published_values_are_the_defaults() -> None:
         ("image_encoder", {"kind": "cnn", "channels": [20, 64]}),
         ("image_encoder", {"kind": "cnn", "channels": []}),
         ("image_encoder", {}),
+        ("image_encoder", {"kind": "butd", "channels": [8, 8]}),
+        ("image_encoder", {"kind": "butd", "region_drop": 1}),
+        ("image_encoder", {"kind": "butd", "head": {"projection": "none"}}),
+        ("image_encoder", {"kind": "grid", "architecture": "resnet34x"}),
+        ("text_encoder", {"kind": "bert", "width": 770}),
+        ("text_encoder", {"kind": "bert", "max_tokens": 63}),
         ("text_encoder", {"kind": "bigru", "word_dim": 7}),
         ("text_encoder", {"kind": "bigru", "word_dim": 8, "dropout": 1.0}),
         ("set_prediction", {"num_slots": 0}),
         ("set_prediction", {"iterations": 0}),
-        ("set_prediction", {"text_positions": "learned"}),
+        ("set_prediction", {"text_positions": "rotary"}),
         ("set_prediction", {"num_slot": 4}),
     ],
 )
@@ -53,6 +59,36 @@ def test_position_code_needs_pairs_of_channels() -> None:
     ModelConfig.model_validate(
         MODEL | {"text_encoder": states, "embed_size": 15, "set_prediction": {"text_positions": "none"}}
     )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"image_encoder": {"kind": "butd"}, "set_prediction": {"image_positions": "sine"}},
+            "regions come in no order",
+        ),
+        ({"embed_size": 18, "set_prediction": {"image_positions": "sine"}}, "a width that four divides, got 18"),
+        ({"embed_size": 15, "text_encoder": {"kind": "bigru", "directions": "concatenated"}}, "an even embed_size"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ModelConfig.model_validate(MODEL | changed)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "width"),
+    [
+        ({"kind": "cnn"}, 16),
+        ({"kind": "butd"}, 16),
+        ({"kind": "butd", "feature_dim": 9, "head": {"projection": "none", "global_feature": "linear"}}, 9),
+        ({"kind": "grid", "head": {"projection": "none", "global_feature": "linear"}}, 2048),
+        ({"kind": "grid", "architecture": "resnet18", "head": {"projection": "none", "global_feature": "linear"}}, 512),
+    ],
+)
+def test_slots_know_the_width_of_what_they_read(encoder: dict[str, Any], width: int) -> None:
+    assert ModelConfig.model_validate(MODEL | {"image_encoder": encoder}).image_local_dim == width
 
 
 @pytest.mark.parametrize("bad", [{"alpha": 0}, {"alpha": float("nan")}, {"kind": "cosine"}, {"temperature": 16}])

@@ -1,4 +1,5 @@
-"""Losses agree with the authors' numbers, gradients included, and with the definitions for any positives."""
+"""Losses agree with the authors' numbers, gradients included, and with the definitions for any positives; derivatives
+that are written out are those that autograd finds."""
 
 from pathlib import Path
 
@@ -9,12 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import reference.losses as naive
-from setwise.models.config import LossConfig
-from setwise.models.losses import diversity, mmd, set_embedding_loss, triplet, triplet_violating
-from setwise.models.set_prediction import SetEmbedding
+from setwise.models import losses
+from setwise.models.config import Negatives
+from setwise.models.losses import diversity, mmd, triplet, triplet_semi_hard, triplet_violating
 from setwise.models.similarity import smooth_chamfer
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "dive_similarity_loss.npz"
+AVERAGED = {
+    "all": lambda scores, positives, margin: triplet(scores, positives, margin, hardest=False),
+    "violating": triplet_violating,
+    "semi_hard": triplet_semi_hard,
+}
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -31,19 +37,16 @@ def test_agrees_with_the_authors_code(case: str) -> None:
         golden = {key.removeprefix(f"{case}."): torch.from_numpy(file[key]) for key in file if key.startswith(case)}
     inputs = {name: golden[name].requires_grad_() for name in ("img", "txt", "img_res", "txt_res")}
     scores = smooth_chamfer(inputs["img"], inputs["txt"], 16.0)
-    positives = five_captions_each(len(inputs["img"]))
-    parts = set_embedding_loss(
-        scores,
-        positives,
-        SetEmbedding(inputs["img"], inputs["img_res"]),
-        SetEmbedding(inputs["txt"], inputs["txt_res"]),
-        LossConfig(margin=0.2, mmd_weight=0.01, mmd_gamma=0.5, diversity_weight=0.01),
-        negatives="hardest" if golden["hardest"] else "all",
-    )
-    names = ("i2t_loss", "t2i_loss", "mmd_loss", "unif_loss", "loss")
-    for name, part in zip(names, parts, strict=True):
+    parts = {
+        "triplet": triplet(scores, five_captions_each(len(inputs["img"])), 0.2, bool(golden["hardest"])),
+        "mmd_loss": mmd(inputs["img"].flatten(0, 1), inputs["txt"].flatten(0, 1), 0.5),
+        "unif_loss": diversity(inputs["img_res"]) + diversity(inputs["txt_res"]),
+    }
+    parts["loss"] = parts["triplet"] + 0.01 * parts["mmd_loss"] + 0.01 * parts["unif_loss"]
+    golden["triplet"] = golden["i2t_loss"] + golden["t2i_loss"]
+    for name, part in parts.items():
         assert part.item() == pytest.approx(golden[name].item(), rel=0, abs=1e-9), name
-    parts.total.backward()
+    parts["loss"].backward()
     for name, value in inputs.items():
         assert value.grad is not None
         torch.testing.assert_close(value.grad, golden[f"grad_{name}"], rtol=0, atol=1e-9)
@@ -76,24 +79,68 @@ def test_triplet_without_negatives_or_without_positives_is_zero(hardest: bool, p
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("margin", [0.05, 0.4])
-def test_violating_triplets_agree_with_the_definition(seed: int, margin: float) -> None:
+@pytest.mark.parametrize("name", ["triplet_violating", "triplet_semi_hard"])
+def test_means_over_violations_agree_with_the_definitions(name: str, seed: int, margin: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(5, 9, generator=generator, dtype=torch.float64)
     positives = torch.rand(5, 9, generator=generator) < 0.3
-    expected = naive.triplet_violating(scores.numpy(), positives.numpy(), margin)
-    assert triplet_violating(scores, positives, margin).item() == pytest.approx(expected, abs=1e-12)
+    expected = getattr(naive, name)(scores.numpy(), positives.numpy(), margin)
+    assert getattr(losses, name)(scores, positives, margin).item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_without_a_violation_the_violating_loss_is_zero_and_so_is_its_gradient() -> None:
+@pytest.mark.parametrize("loss", [triplet_violating, triplet_semi_hard])
+def test_without_a_violation_the_mean_over_violations_is_zero_and_so_is_its_gradient(loss: object) -> None:
+    assert callable(loss)
     scores = torch.eye(3, dtype=torch.float64, requires_grad=True)
-    loss = triplet_violating(scores, torch.eye(3, dtype=torch.bool), 0.2)
+    value = loss(scores, torch.eye(3, dtype=torch.bool), 0.2)
+    value.backward()
+    assert value.item() == 0 and scores.grad is not None and not scores.grad.any()
+
+
+def test_a_semi_hard_negative_above_the_positive_costs_the_margin_and_has_no_gradient() -> None:
+    scores = torch.tensor([[0.5, 0.9], [0.4, 0.5]], dtype=torch.float64, requires_grad=True)
+    loss = triplet_semi_hard(scores, torch.eye(2, dtype=torch.bool), 0.2)
     loss.backward()  # type: ignore[no-untyped-call]
-    assert loss.item() == 0 and scores.grad is not None and not scores.grad.any()
+    # In each direction one hinge of 0.6, cut to 0.2, and one of 0.1.
+    assert loss.item() == pytest.approx(2 * (0.2 + 0.1) / 2)
+    assert scores.grad is not None
+    torch.testing.assert_close(scores.grad, torch.tensor([[-0.5, 0.0], [1.0, -0.5]], dtype=torch.float64))
 
 
 def test_hardest_negatives_cost_more_than_the_mean() -> None:
     scores, positives = random(1, 6, 30) * 0.1, five_captions_each(6)
     assert triplet(scores, positives, 0.2, hardest=True) > triplet(scores, positives, 0.2, hardest=False) > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("images", "texts"), [(7, 20), (1, 3), (4, 1)])
+@pytest.mark.parametrize("negatives", ["hardest", *AVERAGED])
+def test_written_out_slopes_of_the_triplet_loss_are_those_of_autograd(
+    negatives: Negatives, images: int, texts: int, seed: int
+) -> None:
+    scores = random(seed, images, texts).mul(0.2).requires_grad_()
+    owners = torch.randint(images, (texts,), generator=torch.Generator().manual_seed(seed))
+    positives = owners == torch.arange(images)[:, None]
+    if negatives == "hardest":
+        expected = triplet(scores, positives, 0.2, hardest=True)
+        i2t, t2i, pairs = losses.hardest_with_slopes(scores.detach().clone(), owners, 0.2)
+        assert len(pairs.slopes) == 2 * texts + images
+        slopes = torch.zeros(images, texts, dtype=torch.float64)
+        slopes.index_put_((pairs.images, pairs.texts), pairs.slopes, accumulate=True)
+    else:
+        expected = AVERAGED[negatives](scores, positives, 0.2)
+        i2t, t2i, slopes = losses.averaged_with_slopes(scores.detach().clone(), owners, 0.2, negatives, block=3)
+    torch.testing.assert_close(i2t + t2i, expected.detach(), rtol=0, atol=1e-14)
+    torch.testing.assert_close(slopes, torch.autograd.grad(expected, scores)[0], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_written_out_gradient_of_diversity_is_that_of_autograd(size: int) -> None:
+    slots = (3 * random(7, 5, size, 6)).requires_grad_()
+    expected = diversity(slots)
+    value, gradient = losses.diversity_with_gradient(slots.detach())
+    torch.testing.assert_close(value, expected.detach(), rtol=0, atol=1e-14)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, slots)[0], rtol=0, atol=1e-14)
 
 
 def test_mmd_agrees_with_the_definition() -> None:
@@ -122,26 +169,13 @@ def test_diversity_is_one_when_slots_collapse_and_zero_for_a_single_slot() -> No
     assert diversity(random(7, 3, 1, 8)) == 0
 
 
-def test_total_is_the_weighted_sum_and_a_part_of_weight_zero_reads_zero() -> None:
-    sets = [F.normalize(random(seed, 10, 3, 8), dim=-1) for seed in (8, 9)]
-    images, texts = SetEmbedding(sets[0][:2], random(10, 2, 3, 8)), SetEmbedding(sets[1], random(11, 10, 3, 8))
-    scores, positives = smooth_chamfer(images.sets, texts.sets, 16.0), five_captions_each(2)
-    config = LossConfig(mmd_weight=0.3, diversity_weight=0.7)
-    parts = set_embedding_loss(scores, positives, images, texts, config, negatives="hardest")
-    assert parts.mmd > 0 and parts.diversity > 0
-    expected = triplet(scores, positives, 0.2, hardest=True) + 0.3 * parts.mmd + 0.7 * parts.diversity
-    torch.testing.assert_close(parts.total, expected)
-
-    none = LossConfig(mmd_weight=0, diversity_weight=0)
-    bare = set_embedding_loss(scores, positives, images, texts, none, negatives="hardest")
-    assert bare.mmd == bare.diversity == 0
-    torch.testing.assert_close(bare.total, bare.i2t + bare.t2i)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_gives_float32_losses(dtype: torch.dtype) -> None:
     sets = F.normalize(random(12, 12, 4, 16), dim=-1).to(dtype)
-    images, texts = SetEmbedding(sets[:2], sets[:2]), SetEmbedding(sets[2:], sets[2:])
-    scores = smooth_chamfer(images.sets, texts.sets, 64.0)
-    parts = set_embedding_loss(scores, five_captions_each(2), images, texts, LossConfig(), negatives="hardest")
+    scores = smooth_chamfer(sets[:2], sets[2:], 64.0)
+    parts = (
+        triplet(scores.to(dtype), five_captions_each(2), 0.2, hardest=True),
+        mmd(sets[:2].flatten(0, 1), sets[2:].flatten(0, 1), 0.5),
+        diversity(sets),
+    )
     assert all(part.dtype == torch.float32 and part.isfinite() for part in parts)

@@ -101,6 +101,15 @@ def test_the_configured_similarity_is_the_named_function(name: str) -> None:
     torch.testing.assert_close(similarity(images, texts), SIMILARITIES[name](images, texts), rtol=0, atol=1e-7)
 
 
+@each_similarity
+def test_a_part_of_all_cosines_gives_that_part_of_the_scores(name: str) -> None:
+    images, texts = unit_sets(16, 3, 4, 8), unit_sets(17, 5, 2, 8)
+    similarity = Similarity(SimilarityConfig.model_validate({"kind": name})).double()
+    cosines = torch.einsum("ikd,tjd->iktj", images, texts)
+    part = similarity.of_cosines(cosines[1:, :, 2:4])
+    torch.testing.assert_close(part, similarity(images, texts)[1:, 2:4], rtol=0, atol=1e-12)
+
+
 def test_match_probability_learns_its_scale_and_shift() -> None:
     similarity = Similarity(SimilarityConfig(kind="match_probability"))
     similarity(unit_sets(14, 2, 3, 8), unit_sets(15, 4, 3, 8)).sum().backward()

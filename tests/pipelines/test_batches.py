@@ -9,28 +9,34 @@ import pytest
 import torch
 from PIL import Image
 
-from setwise.pipelines import batches, images, prepare
+from setwise.pipelines import batches, images, prepare, vocabulary
 from setwise.pipelines.batches import Split
+from setwise.pipelines.recipe import DataConfig
 from setwise.platform.errors import DataError
+
+DATA = DataConfig()
 
 
 @pytest.fixture(scope="module")
 def split(store: Path) -> Split:
     """The validation split of the shared data set: 30 images."""
     prepared = prepare.open_prepared("digits", store)
-    return Split(prepared, "val", 64, batches.open_vocabulary(prepared))
+    return Split(prepared, "val", DATA, vocabulary.read(prepared.folder / "vocabulary.json"))
 
 
 def places(split: Split, batch: batches.Batch) -> list[int]:
     """Which images of the split a batch holds."""
-    known = {bytes(batches.decode(split.image(index), 64).contiguous().numpy()): index for index in range(len(split))}
+    known = {
+        bytes(batches.evaluation_pixels(split.image(index), DATA).contiguous().numpy()): index
+        for index in range(len(split))
+    }
     assert len(known) == len(split)
     return [known[bytes(image.contiguous().numpy())] for image in batch.images]
 
 
 @pytest.mark.parametrize("size", [2, 7, 10, 29, 30, 31, 500])
 def test_an_epoch_holds_each_image_at_most_once_in_whole_batches(split: Split, size: int) -> None:
-    epoch = [places(split, batch) for batch in batches.training_batches(split, size, seed=1, epoch=1)]
+    epoch = [places(split, share.batch) for share in batches.training_batches(split, size, seed=1, epoch=1)]
     assert len(epoch) == batches.batches_per_epoch(len(split), size)
     assert {len(batch) for batch in epoch} == {min(size, 30)}
     flat = [place for batch in epoch for place in batch]
@@ -40,14 +46,15 @@ def test_an_epoch_holds_each_image_at_most_once_in_whole_batches(split: Split, s
 def test_what_an_epoch_leaves_out_the_next_ones_have(split: Split) -> None:
     seen = set()
     for epoch in range(1, 9):
-        seen |= {place for batch in batches.training_batches(split, 20, 1, epoch) for place in places(split, batch)}
+        epoch_batches = batches.training_batches(split, 20, 1, epoch)
+        seen |= {place for share in epoch_batches for place in places(split, share.batch)}
     assert seen == set(range(30))
 
 
 def test_the_order_is_a_function_of_seed_and_epoch(split: Split) -> None:
     def order(seed: int, epoch: int) -> list[list[int]]:
         torch.rand(7)  # the global generator has no part in it
-        return [places(split, batch) for batch in batches.training_batches(split, 10, seed, epoch)]
+        return [places(split, share.batch) for share in batches.training_batches(split, 10, seed, epoch)]
 
     assert order(1, 1) == order(1, 1)
     assert len({str(order(*key)) for key in [(1, 1), (1, 2), (2, 1), (0, 12)]}) == 4
@@ -56,9 +63,9 @@ def test_the_order_is_a_function_of_seed_and_epoch(split: Split) -> None:
 @pytest.mark.parametrize(("size", "world"), [(12, 3), (30, 4), (500, 4), (7, 2)])
 def test_workers_share_every_batch_without_loss(split: Split, size: int, world: int) -> None:
     """Also where a batch cannot be divided evenly, since the data set is smaller than it."""
-    alone = [places(split, batch) for batch in batches.training_batches(split, size, 1, 1)]
+    alone = [places(split, share.batch) for share in batches.training_batches(split, size, 1, 1)]
     shares = [
-        [places(split, batch) for batch in batches.training_batches(split, size, 1, 1, rank, world)]
+        [places(split, share.batch) for share in batches.training_batches(split, size, 1, 1, rank, world)]
         for rank in range(world)
     ]
     for number, whole in enumerate(alone):
@@ -68,9 +75,11 @@ def test_workers_share_every_batch_without_loss(split: Split, size: int, world: 
 
 
 def test_every_caption_stands_beside_its_image(split: Split) -> None:
-    for batch in batches.training_batches(split, 7, 1, 1):
+    for share in batches.training_batches(split, 7, 1, 1):
+        batch = share.batch
+        shown = places(split, batch)
         for row, owner in enumerate(batch.owners.tolist()):
-            index = places(split, batch)[owner]
+            index = shown[owner]
             ids = batch.tokens[row, : batch.lengths[row]].tolist()
             assert ids in split._tokens[index]
 
@@ -88,18 +97,78 @@ def test_the_middle_square_is_cut_and_scaled(size: tuple[int, int]) -> None:
     picture = Image.new("RGB", size, "white")
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     picture.paste("black", (left, top, left + side, top + side))
-    tensor = batches.decode(images.encode_jpeg(picture, 100), 64)
+    tensor = batches.evaluation_pixels(images.encode_jpeg(picture, 100), DATA)
     assert (tensor.shape, tensor.dtype) == ((3, 64, 64), torch.uint8)
     assert float(tensor[:, 16:48, 16:48].float().mean()) < 3
     assert float(tensor.float().mean()) < 12
 
 
 def test_colours_are_in_the_order_red_green_blue() -> None:
-    tensor = batches.decode(images.encode_jpeg(Image.new("RGB", (64, 64), (200, 100, 10)), 95), 64)
+    tensor = batches.evaluation_pixels(images.encode_jpeg(Image.new("RGB", (64, 64), (200, 100, 10)), 95), DATA)
     assert np.allclose(tensor.float().mean((1, 2)).numpy(), (200, 100, 10), atol=3)
 
 
 def test_a_split_that_is_not_there_is_named(store: Path) -> None:
     prepared = prepare.open_prepared("digits", store)
     with pytest.raises(DataError, match=r"no split 'dev'; there are .*train"):
-        Split(prepared, "dev", 64, batches.open_vocabulary(prepared))
+        Split(prepared, "dev", DATA, vocabulary.read(prepared.folder / "vocabulary.json"))
+
+
+@pytest.mark.parametrize(("size", "world"), [(12, 3), (7, 4), (29, 4)])
+def test_shares_say_of_everyone_what_each_has(split: Split, size: int, world: int) -> None:
+    """Put together in the order of ranks, each caption belongs to the image that `owners` says; with a last batch that
+    is not whole (30 = 4 * 7 + 2 = 29 + 1), of which some workers have nothing."""
+    by_rank = [list(batches.training_batches(split, size, 1, 1, rank, world, drop_last=False)) for rank in range(world)]
+    alone = list(batches.training_batches(split, size, 1, 1, drop_last=False))
+    assert sum(len(share.batch.images) for share in alone) == 30
+    for number, whole in enumerate(alone):
+        shares = [share[number] for share in by_rank]
+        assert {share.images for share in shares} == {tuple(len(share.batch.images) for share in shares)}
+        assert {share.captions for share in shares} == {tuple(len(share.batch.lengths) for share in shares)}
+        images = torch.cat([share.batch.images for share in shares])
+        local = torch.cat([share.batch.owners + sum(shares[0].images[:rank]) for rank, share in enumerate(shares)])
+        for share in shares:
+            assert torch.equal(share.owners, local)
+        assert sorted(image.sum() for image in images) == sorted(image.sum() for image in whole.batch.images)
+        for keys in ("image_keys", "text_keys"):
+            together = torch.cat([getattr(share, keys) for share in shares])
+            assert sorted(together.tolist()) == sorted(getattr(whole, keys).tolist())
+            assert len(set(together.tolist())) == len(together)
+    assert batches.batches_per_epoch(30, size, drop_last=False) == len(alone)
+
+
+def test_keys_are_of_the_sample_and_the_epoch(split: Split) -> None:
+    def keys(epoch: int, seed: int = 1) -> dict[int, int]:
+        shares = batches.training_batches(split, 10, seed, epoch)
+        return {
+            place: key
+            for share in shares
+            for place, key in zip(places(split, share.batch), share.image_keys.tolist(), strict=True)
+        }
+
+    assert keys(1) == keys(1)
+    assert not set(keys(1).values()) & set(keys(2).values()) and not set(keys(1).values()) & set(keys(1, 2).values())
+
+
+def test_words_and_views_change_by_sample_and_epoch_alone(store: Path) -> None:
+    prepared = prepare.open_prepared("digits", store)
+    words = vocabulary.read(prepared.folder / "vocabulary.json")
+    split = Split(prepared, "val", DataConfig(crop_scale=(0.3, 1), flip=True, word_drop=0.5), words)
+    one, two = split.augmented([3, 8], seed=1, epoch=1), split.augmented([8, 5, 3], seed=1, epoch=1)
+    assert torch.equal(one.images[0], two.images[2]) and torch.equal(one.images[1], two.images[0])
+    ids = [[row[:length].tolist() for row, length in zip(b.tokens, b.lengths, strict=True)] for b in (one, two)]
+    assert ids[0][:5] == ids[1][10:] and ids[0][5:] == ids[1][:5]
+    later = split.augmented([3, 8], seed=1, epoch=2)
+    assert not torch.equal(one.images, later.images) and not torch.equal(one.images, split.batch([3, 8]).images)
+    assert ids[0] != [split._tokens[index][place] for index in (3, 8) for place in range(5)]
+
+
+def test_nothing_is_changed_unless_asked_for(split: Split) -> None:
+    plain, augmented = split.batch([4, 2]), split.augmented([4, 2], seed=1, epoch=1)
+    assert torch.equal(plain.images, augmented.images) and torch.equal(plain.tokens, augmented.tokens)
+
+
+def test_a_batch_of_nothing_has_the_shapes_of_one(split: Split) -> None:
+    batch = split.batch([])
+    assert batch.images.shape == (0, 3, 64, 64) and batch.tokens.shape == (0, 1)
+    assert len(batch.lengths) == len(batch.owners) == 0

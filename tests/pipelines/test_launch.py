@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from setwise.pipelines import launch, recipe
+from setwise.pipelines import launch, recipe, train
+from setwise.pipelines.workers import Worker
 from setwise.platform import cluster, run
 from setwise.platform.config import to_yaml
 from setwise.platform.run import Run
@@ -50,6 +51,27 @@ def test_two_workers_train_as_one_does(store: Path) -> None:
         assert two == pytest.approx(one, rel=2e-4), name
     for one_epoch, two_epoch in zip(curves[1], curves[2], strict=True):
         assert two_epoch["val/rsum"] == pytest.approx(one_epoch["val/rsum"], abs=3)
+
+
+def test_more_workers_take_over_where_one_stopped(store: Path) -> None:
+    """Nothing random is kept in a process, so a run goes on with another number of workers as if nothing had changed;
+    with dropout, and a batch that two cannot share evenly."""
+    dropout = ("model.set_prediction.dropout=0.3", "model.text_encoder.dropout=0.2", "train.batch_size=15")
+    settings, alone = start(store, "one-to-the-end", 1, *dropout)
+    launch.train_with_ray(settings, alone, store)
+    settings, training = start(store, "one-then-two", 1, *dropout)
+
+    def stop(values: dict[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(settings, training, store, Worker(), stop)
+    assert len(curve(training)) == 1
+    launch.train_with_ray(start(store, "two", 2, *dropout)[0], training, store)
+    assert [values["epoch"] for values in curve(training)] == [1, 2, 3]
+    for expected, found in zip(curve(alone), curve(training), strict=True):
+        for name in ("train/total", "train/gradient_norm"):
+            assert found[name] == pytest.approx(expected[name], rel=2e-4), name
 
 
 def test_a_worker_finds_the_standard_librarys_platform_and_the_package() -> None:

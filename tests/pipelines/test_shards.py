@@ -16,6 +16,7 @@ from setwise.pipelines import batches, datasets, prepare, shards, vocabulary
 from setwise.pipelines.batches import Split
 from setwise.pipelines.datasets import Caption, Row
 from setwise.pipelines.prepare import PrepareConfig
+from setwise.pipelines.recipe import DataConfig
 from setwise.platform.errors import ConfigError, DataError
 
 
@@ -148,9 +149,9 @@ def test_too_many_bad_images_are_fatal_and_leave_nothing(tmp_path: Path, monkeyp
 
 def test_the_vocabulary_is_of_the_training_captions_alone(store: Path) -> None:
     prepared = prepare.open_prepared("digits", store)
-    words = batches.open_vocabulary(prepared)
+    words = vocabulary.read(prepared.folder / "vocabulary.json")
     captions = list(shards.captions(prepared.folder, prepared.manifest["splits"]["train"]))
-    assert set(words.words[4:]) == {word for text in captions for word in vocabulary.tokenize(text)}
+    assert set(words.words[5:]) == {word for text in captions for word in vocabulary.tokenize(text)}
     assert words.encode("a Red, ZEBRA!")[1:-1] == [words.ids["a"], words.ids["red"], words.ids[vocabulary.UNKNOWN]]
     assert words.unknown("a Red, ZEBRA!") == ["zebra"]
     assert len(words.encode("red " * 500)) == vocabulary.MAX_TOKENS
@@ -158,26 +159,28 @@ def test_the_vocabulary_is_of_the_training_captions_alone(store: Path) -> None:
 
 def test_any_number_of_workers_sees_the_same_batches_and_each_image_once(store: Path) -> None:
     prepared = prepare.open_prepared("digits", store)
-    split = Split(prepared, "train", 64, batches.open_vocabulary(prepared))
-    alone = list(batches.training_batches(split, 20, seed=3, epoch=2))
+    split = Split(prepared, "train", DataConfig(), vocabulary.read(prepared.folder / "vocabulary.json"))
+    alone = [share.batch for share in batches.training_batches(split, 20, seed=3, epoch=2)]
     assert len(alone) == 4
     seen = torch.cat([batch.images.flatten(1).sum(1) for batch in alone])
     assert len(seen) == 80 == len({bytes(image.numpy().tobytes()) for batch in alone for image in batch.images})
     for world in (2, 4, 5):
-        shares = [list(batches.training_batches(split, 20, 3, 2, rank, world)) for rank in range(world)]
+        shares = [
+            [share.batch for share in batches.training_batches(split, 20, 3, 2, rank, world)] for rank in range(world)
+        ]
         for number, batch in enumerate(alone):
             for rank in range(world):
                 part = shares[rank][number]
                 assert torch.equal(part.images, batch.images[rank::world])
                 assert torch.equal(part.owners.bincount(), torch.full((20 // world,), 5))
-    other = next(iter(batches.training_batches(split, 20, seed=3, epoch=3)))
+    other = next(iter(batches.training_batches(split, 20, seed=3, epoch=3))).batch
     assert not torch.equal(other.images, alone[0].images)
 
 
 def test_batches_in_order_hold_each_caption_beside_its_image(store: Path) -> None:
     prepared = prepare.open_prepared("digits", store)
-    words = batches.open_vocabulary(prepared)
-    split = Split(prepared, "test", 64, words)
+    words = vocabulary.read(prepared.folder / "vocabulary.json")
+    split = Split(prepared, "test", DataConfig(), words)
     place = 0
     for batch in batches.in_order(split, 16):
         for row, owner in enumerate(batch.owners.tolist()):

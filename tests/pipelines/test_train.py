@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from setwise.pipelines import prepare, recipe, train
+from setwise.pipelines import prepare, recipe, train, trained_model
 from setwise.pipelines.recipe import Recipe
-from setwise.platform import checkpoint, config, run
+from setwise.pipelines.trained_model import Retrieval
+from setwise.pipelines.workers import Worker
+from setwise.platform import checkpoint, config, run, seeding
 from setwise.platform.errors import DataError
 from setwise.platform.run import Run
 
@@ -40,7 +43,7 @@ def train_run(store: Path, training: Run, settings: Recipe, stop_after: int | No
         if values["epoch"] == stop_after:
             raise StoppedError
 
-    train.train(settings, training, store, train.Worker(), report)
+    train.train(settings, training, store, Worker(), report)
     return seen
 
 
@@ -136,17 +139,18 @@ import os, signal, torch
 from pathlib import Path
 from setwise.pipelines import train
 from setwise.pipelines.recipe import Recipe
+from setwise.pipelines.workers import Worker
 from setwise.platform.errors import DataError
 from setwise.platform.run import Run
 recipe = Recipe.model_validate_json({tiny_recipe.model_dump_json()!r})
-real, calls = train.batch_loss, []
-def batch_loss(*arguments):
+real, calls = train.global_loss, []
+def global_loss(*arguments):
     calls.append(1)
     if len(calls) == 6:  # four steps an epoch
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
-train.batch_loss = batch_loss
-train.train(recipe, Run(Path({str(killed.folder)!r})), Path({str(store)!r}), train.Worker(), print)
+train.global_loss = global_loss
+train.train(recipe, Run(Path({str(killed.folder)!r})), Path({str(store)!r}), Worker(), print)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -159,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(
     store: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = start(store, "diverged", tiny_recipe)
-    real = train.batch_loss
+    real = train.global_loss
     calls: list[int] = []
 
     def poisoned(*arguments: object) -> object:
@@ -167,7 +171,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(
         parts = real(*arguments)  # type: ignore[arg-type]
         return parts._replace(total=parts.total * math.nan) if len(calls) == 6 else parts
 
-    monkeypatch.setattr(train, "batch_loss", poisoned)
+    monkeypatch.setattr(train, "global_loss", poisoned)
     with pytest.raises(train.DivergedError, match=r"step 5 \(epoch 2\).*gradient norm nan"):
         train_run(store, training, tiny_recipe)
     assert training.best_checkpoint().name == "epoch_0001"
@@ -192,3 +196,95 @@ def test_it_learns(store: Path) -> None:
     values = train_run(store, start(store, "learns", settings), settings)
     assert values[-1]["train/total"] < 0.9 * values[0]["train/total"]
     assert values[-1]["val/rsum"] > 2 * 62  # chance among 30 images is about 62 (metrics.chance_rsum)
+
+
+AUGMENTED = ["data.crop_scale=[0.5, 1]", "data.flip=true", "data.word_drop=0.2", "model.text_encoder.dropout=0.2"]
+
+
+def test_augmented_training_stopped_and_resumed_equals_trained_through(store: Path, tiny_recipe: Recipe) -> None:
+    settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), *AUGMENTED, "train.drop_last=false"])
+    through, stopped = (start(store, f"augmented-{name}", settings) for name in ("through", "stopped"))
+    expected = train_run(store, through, settings)
+    with pytest.raises(StoppedError):
+        train_run(store, stopped, settings, stop_after=1)
+    assert without_time(train_run(store, stopped, settings)) == without_time(expected)
+
+
+def test_micro_batches_train_the_same_model(store: Path, tiny_recipe: Recipe) -> None:
+    curves = []
+    for micro_batch in ("null", "7"):
+        changed = [*_tiny(tiny_recipe), *AUGMENTED, f"train.micro_batch={micro_batch}"]
+        settings = recipe.load("digits_cnn_bigru", changed)
+        curves.append(train_run(store, start(store, f"micro-{micro_batch}", settings), settings))
+    for whole, pieces in zip(*curves, strict=True):
+        names = [name for name in whole if name.startswith("train/") and name != "train/seconds"]
+        assert [pieces[name] for name in names] == pytest.approx([whole[name] for name in names], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_much_as_single_does(store: Path, tiny_recipe: Recipe, precision: str) -> None:
+    curves = []
+    for kind in ("fp32", precision):
+        settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), f"train.precision={kind}"])
+        training = start(store, f"{precision}-{kind}", settings)
+        curves.append(train_run(store, training, settings))
+        dtypes = {tensor.dtype for tensor in checkpoint.weights(training.best_checkpoint()).values()}
+        assert dtypes == {torch.float32}
+    single, half = (curve[-1]["train/total"] for curve in curves)
+    assert half == pytest.approx(single, rel=0.05) and half != single
+
+
+def test_a_compiled_set_prediction_computes_the_same(store: Path, tiny_recipe: Recipe) -> None:
+    curves = []
+    for compiled in ("false", "true"):
+        settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), f"train.compile={compiled}", "train.epochs=1"])
+        training = start(store, f"compiled-{compiled}", settings)
+        curves.append(train_run(store, training, settings)[0])
+        assert set(checkpoint.weights(training.best_checkpoint())) >= {"retriever.image_sets.slots"}
+    names = [name for name in curves[0] if name.startswith("train/") and name != "train/seconds"]
+    assert [curves[1][name] for name in names] == pytest.approx([curves[0][name] for name in names], rel=1e-4)
+
+
+def test_a_backbone_stands_still_until_its_epoch(store: Path, tiny_recipe: Recipe) -> None:
+    values = tiny_recipe.model_dump()
+    values["model"]["image_encoder"] = {
+        "kind": "grid", "architecture": "resnet18", "frozen_batch_norm": False, "head": {"dropout": 0}
+    }  # fmt: skip
+    values["optimizer"]["frozen_backbone_epochs"] = 1
+    values["train"] |= {"epochs": 2, "batch_size": 40}
+    settings = Recipe.model_validate(values)
+    training = start(store, "standing", settings)
+    train_run(store, training, settings)
+    first, second = (checkpoint.weights(training.checkpoints / f"epoch_{epoch:04d}") for epoch in (1, 2))
+    seeding.seed_everything(seeding.derive(0, "weights"))
+    untrained = Retrieval(settings, len(checkpoint.metadata(training.best_checkpoint())["vocabulary"])).state_dict()
+    backbone = "retriever.image_encoder.backbone.layer4.0.conv1.weight"
+    head = "retriever.image_encoder.head.fc.weight"
+    assert torch.equal(first[backbone], untrained[backbone]) and not torch.equal(second[backbone], first[backbone])
+    assert not torch.equal(first[head], untrained[head])
+
+
+def test_bert_trains_from_a_folder_and_its_checkpoint_needs_the_folder_no_more(store: Path, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "green", "three", "##s", "above", "left", "of"]
+    folder = tmp_path / "bert"
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(pieces), max_position_embeddings=64, **sizes)).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    values = recipe.load(
+        "digits_cnn_bigru", ["model.embed_size=16", "train.batch_size=40", "train.epochs=1"]
+    ).model_dump()
+    values["model"]["text_encoder"] = {
+        "kind": "bert", "weights": str(folder), "layers": 1, "width": 16, "heads": 2, "ff_width": 32, "max_tokens": 64
+    }  # fmt: skip
+    values["data"]["word_drop"] = 0.2
+    settings = Recipe.model_validate(values)
+    training = start(store, "bert", settings)
+    assert math.isfinite(train_run(store, training, settings)[0]["train/total"])
+    tags = [event["values"] for event in run.read_events(training.events) if event["kind"] == "tags"]
+    assert tags[0]["setwise.text_weights"] == str(folder)
+    shutil.rmtree(folder)
+    model = trained_model.load(training.best_checkpoint())
+    assert model.encode_captions(["a red three", "threes left of a"]).shape == (2, 4, 16)
+    assert model.vocabulary.unknown("a blue threes") == ["blue"]

@@ -393,3 +393,19 @@ def test_deep_but_reasonable_nesting_is_read() -> None:
     for _ in range(depth):
         (value,) = value
     assert value == 1
+
+
+@pytest.mark.parametrize(
+    "overrides", [("optimizer.kind=adam", "optimizer.beta=0.5"), ("optimizer.beta=0.5", "optimizer.kind=adam")]
+)
+def test_another_kind_replaces_a_section_and_what_was_set_in_it(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    assert load(tmp_path, "optimizer: {kind: sgd, momentum: 0.5}", *overrides).optimizer == Adam(kind="adam", beta=0.5)
+    write(tmp_path, base="optimizer: {kind: sgd, momentum: 0.5}", child="extends: base.yaml\noptimizer: {kind: adam}")
+    layers = config.load_layers(tmp_path / "child.yaml")
+    assert config.build(Whole, layers).optimizer == Adam(kind="adam")
+    assert all("momentum" not in keys for keys in layers.places)
+
+
+def test_the_same_kind_named_again_keeps_what_was_set(tmp_path: Path) -> None:
+    found = load(tmp_path, "optimizer: {kind: sgd, momentum: 0.5}", "optimizer.kind=sgd")
+    assert found.optimizer == Sgd(kind="sgd", momentum=0.5)

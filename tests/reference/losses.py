@@ -1,6 +1,7 @@
 """The losses as their definitions read: one triplet, one pair of rows after another, in float64."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,18 +25,32 @@ def triplet(scores: Array, positives: NDArray[np.bool_], margin: float, hardest:
 
 def triplet_violating(scores: Array, positives: NDArray[np.bool_], margin: float) -> float:
     """In each direction the mean of the hinges above zero; the two added."""
-    total = 0.0
-    for table, truth in ((scores, positives), (scores.T, positives.T)):
-        hinges = [
+    return sum(_mean(hinge for hinge in hinges if hinge > 0) for hinges in _all_hinges(scores, positives, margin))
+
+
+def triplet_semi_hard(scores: Array, positives: NDArray[np.bool_], margin: float) -> float:
+    """In each direction the hinges cut to 0..margin, averaged over those that are not zero; the two added."""
+    cut = ([min(max(hinge, 0.0), margin) for hinge in hinges] for hinges in _all_hinges(scores, positives, margin))
+    return sum(_mean(hinge for hinge in hinges if hinge != 0) for hinges in cut)
+
+
+def _all_hinges(scores: Array, positives: NDArray[np.bool_], margin: float) -> list[list[float]]:
+    """Image-to-text and text-to-image: margin + negative - positive of every query, positive and negative."""
+    return [
+        [
             margin + table[q, other] - table[q, own]
             for q in range(table.shape[0])
             for own in range(table.shape[1])
             for other in range(table.shape[1])
             if truth[q, own] and not truth[q, other]
         ]
-        above = [hinge for hinge in hinges if hinge > 0]
-        total += sum(above) / len(above) if above else 0.0
-    return total
+        for table, truth in ((scores, positives), (scores.T, positives.T))
+    ]
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else 0.0
 
 
 def mmd(x: Array, y: Array, gamma: float) -> float:

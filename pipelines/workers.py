@@ -1,0 +1,75 @@
+"""Processes that train one model together, so that they compute what one process would.
+
+Each worker encodes its share of the batch. The sets of all are gathered, each worker computes the loss of the whole
+batch from them, and differentiates it to the sets of its own share; the gradients of the weights are then summed over
+workers. Shares may differ in size.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from setwise.models import batch_norm
+from setwise.models.set_prediction import SetEmbedding
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process among those that train together."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+def parallel(module: nn.Module, worker: Worker) -> nn.Module:
+    """`module` with its gradients averaged over all workers, and batch normalisation over the batches of all.
+
+    The average is of gradients that `gather` made larger by the number of workers, so it is their sum. To be called
+    again when other parameters learn than before.
+    """
+    if worker.world == 1:
+        return module
+    batch_norm.synchronize(module)
+    devices = [worker.device] if worker.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=devices)
+
+
+def gather(embedding: SetEmbedding, counts: tuple[int, ...], worker: Worker) -> SetEmbedding:
+    """Sets and slots of all workers, (sum of counts,K,D), in the order of ranks; only one's own rows have a gradient.
+
+    `counts` says how many rows each worker has.
+    """
+    if worker.world == 1:
+        return embedding
+    return SetEmbedding(_gather(embedding.sets, counts, worker), _gather(embedding.slots, counts, worker))
+
+
+def _gather(rows: Tensor, counts: tuple[int, ...], worker: Worker) -> Tensor:
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
+    parts = [torch.empty_like(padded) for _ in counts]
+    torch.distributed.all_gather(parts, padded)
+    parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
+    parts[worker.rank] = own = rows.view_as(rows)  # of its own, since slots have a gradient by way of the sets too
+    if own.requires_grad:
+        own.register_hook(lambda gradient: gradient * worker.world)  # type: ignore[no-untyped-call]
+    return torch.cat(parts)
+
+
+def synchronize(worker: Worker) -> None:
+    """Wait for all."""
+    if worker.world > 1:
+        torch.distributed.barrier()
+
+
+def from_first(value: Any, worker: Worker) -> Any:
+    """The first worker's `value`, on every worker."""
+    if worker.world == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, device=worker.device)
+    return values[0]
