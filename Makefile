@@ -41,7 +41,9 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@for folder in platform models pipelines sweeps; do ln -sfn ../../$$folder .typecheck/setwise/$$folder; done
 
 bench: $(INSTALLED)  ## speed and memory, side by side with plain formulations; prints tables, about ten minutes
-	@for file in tests/benchmarks/*.py; do echo "== $$file"; PYTHONPATH=tests $(BIN)/python $$file || exit 1; done
+	@status=0; for file in tests/benchmarks/*.py; do \
+	  name=$$(basename $$file .py); echo "== $$name"; PYTHONPATH=tests $(BIN)/python -m benchmarks.$$name || status=1; \
+	done; exit $$status
 
 lock: $(INSTALLED)  ## resolve the newest versions that pyproject.toml allows into requirements.lock
 	@$(BIN)/uv pip compile --quiet --upgrade pyproject.toml --extra dev --universal --python-version 3.11 \

@@ -42,10 +42,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
-            self.images.to(device, non_blocking=True),
-            self.tokens.to(device, non_blocking=True),
-            self.lengths,
-            self.owners.to(device, non_blocking=True),
+            _moved(self.images, device), _moved(self.tokens, device), self.lengths, _moved(self.owners, device)
         )
 
 
@@ -69,9 +66,13 @@ class Share:
     """(captions of all,) int64: indices of owners where images and captions of all workers stand in order of ranks."""
 
     def to(self, device: torch.device) -> Share:
-        keys = self.image_keys.to(device, non_blocking=True), self.text_keys.to(device, non_blocking=True)
-        owners = self.owners.to(device, non_blocking=True)
-        return Share(self.batch.to(device), *keys, self.images, self.captions, owners)
+        keys = _moved(self.image_keys, device), _moved(self.text_keys, device)
+        return Share(self.batch.to(device), *keys, self.images, self.captions, _moved(self.owners, device))
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; to a GPU from pinned memory, from which alone it comes without keeping the host waiting."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Split:

@@ -52,7 +52,7 @@ def load(backbone: nn.Module, weights: str, architecture: str, cache: Path) -> N
         DataError: no such file or name; a damaged file; one that holds more than tensors; weights of another network.
         UnreachableError: the address does not answer; the message says where a file brought by hand would be found.
     """
-    path = _located(weights, architecture, cache)
+    path = locate(weights, architecture, cache)
     given = _tensors(path)
     own = backbone.state_dict()
     # Files from before torch 0.4.1 have no such counters, which count for nothing.
@@ -80,8 +80,8 @@ def _first_of(names: list[str], num: int = 3) -> str:
     return ", ".join(names[:num]) + more
 
 
-def _located(weights: str, architecture: str, cache: Path) -> Path:
-    """The file that `weights` stand for, fetched if it has to be."""
+def locate(weights: str, architecture: str, cache: Path) -> Path:
+    """The file that `weights` stand for, fetched if it has to be; arguments and errors as of `load`."""
     if "://" in weights:
         return _fetched(weights, cache)
     published = _published(architecture)

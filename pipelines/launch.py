@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from setwise.pipelines import batches, datasets, prepare, records
+from setwise.pipelines import batches, datasets, prepare, pretrained, records
 from setwise.pipelines.recipe import Recipe
 from setwise.platform import cluster, config, run, storage
-from setwise.platform.errors import ConfigError, DataError, SetwiseError
+from setwise.platform.errors import ConfigError, DataError, DivergedError, SetwiseError, UnreachableError
 from setwise.platform.run import Run
 from setwise.platform.tracking import Courier, Tracker
 
@@ -46,7 +46,8 @@ def plan(recipe_name: str, recipe: Recipe, name: str | None, store: Path) -> Pla
 
     Raises:
         ConfigError: the name cannot be one, or the recipe is not for training.
-        DataError: the data is not prepared.
+        DataError: the data is not prepared, or weights to start from are not there.
+        UnreachableError: weights have to be downloaded, and the network does not answer.
     """
     check_trainable(recipe)
     title = Path(recipe_name).stem
@@ -57,6 +58,7 @@ def plan(recipe_name: str, recipe: Recipe, name: str | None, store: Path) -> Pla
             f"({', '.join(datasets.known())} can). What its training would take: setwise train {recipe_name} --dry-run"
         )
     prepared = prepare.open_prepared(recipe.data.name, store)
+    pretrained.locate(recipe, store / "weights")
     digest = storage.fingerprint([recipe.model_dump(mode="json"), prepared.fingerprint])[:6]
     images = prepared.manifest["splits"]["train"]["images"]
     steps = batches.batches_per_epoch(images, recipe.train.batch_size, recipe.train.drop_last)
@@ -158,9 +160,11 @@ def train_with_ray(
 
 def _explained(error: BaseException, training: Run) -> BaseException:
     """An error of Ray Train as a user reads it: what the worker said, not how Ray carried it here."""
-    lines = [line.strip() for line in str(error).splitlines() if "DivergedError:" in line or "DataError:" in line]
-    if lines:
-        return SetwiseError(f"{lines[-1].partition('Error: ')[2]} (run {training.folder})")
+    for line in reversed(str(error).splitlines()):
+        for kind in (DivergedError, ConfigError, DataError, UnreachableError, SetwiseError):
+            before, found, message = line.strip().partition(f"{kind.__name__}: ")
+            if found and (not before or before.endswith(".")):
+                return kind(f"{message} (run {training.folder})")
     return error
 
 

@@ -10,8 +10,27 @@ from setwise.models.retriever import SetRetriever
 from setwise.models.text_encoders import Bert, BiGRU
 from setwise.pipelines import image_weights, text_weights
 from setwise.pipelines.recipe import Recipe
-from setwise.pipelines.word_pieces import Words
+from setwise.pipelines.word_pieces import Words, published_file
 from setwise.platform.errors import DataError
+
+
+def locate(recipe: Recipe, cache: Path) -> None:
+    """See to it that the weights that the recipe names are there; those with an address are fetched.
+
+    Args:
+        cache: where what is downloaded is kept.
+
+    Raises:
+        DataError: weights are not there.
+        UnreachableError: they have to be downloaded, and the network does not answer.
+    """
+    image, text = recipe.model.image_encoder, recipe.model.text_encoder
+    if isinstance(image, GridConfig) and image.weights is not None:
+        image_weights.locate(image.weights, image.architecture, cache)
+    if isinstance(text, BiGRUConfig) and text.word_vectors is not None and not Path(text.word_vectors).is_file():
+        raise DataError(f"model.text_encoder.word_vectors: there is no file {text.word_vectors}")
+    if isinstance(text, BertConfig) and text.weights is not None:
+        published_file(text.weights, "model.safetensors")
 
 
 def start(retriever: SetRetriever, recipe: Recipe, words: Words, cache: Path) -> dict[str, str]:
@@ -21,7 +40,7 @@ def start(retriever: SetRetriever, recipe: Recipe, words: Words, cache: Path) ->
         What to remember of it, as tags of the run.
 
     Args:
-        cache: where what is downloaded is kept.
+        cache: as in `locate`.
 
     Raises:
         DataError: weights are not there, are damaged, or belong to another model.

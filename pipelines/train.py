@@ -21,7 +21,7 @@ from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.trained_model import Retrieval
 from setwise.pipelines.workers import Worker
 from setwise.platform import checkpoint, seeding, storage
-from setwise.platform.errors import DataError, SetwiseError
+from setwise.platform.errors import DataError, DivergedError
 from setwise.platform.run import Run
 from setwise.platform.tracking import Outbox
 
@@ -30,10 +30,6 @@ METRIC = "val/rsum"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOOK_EVERY = 50
 """Steps between two looks at whether the loss is finite, each of which waits for a GPU."""
-
-
-class DivergedError(SetwiseError):
-    """The loss is not a finite number any more."""
 
 
 def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report) -> None:

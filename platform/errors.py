@@ -11,6 +11,10 @@ class SetwiseError(Exception):
     exit_code = 1
 
 
+class DivergedError(SetwiseError):
+    """A loss is not a finite number any more."""
+
+
 class ConfigError(SetwiseError):
     """The command line or a configuration is wrong; nothing was started."""
 

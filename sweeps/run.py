@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from setwise.pipelines import prepare, records, references
+from setwise.pipelines import prepare, pretrained, records, references
 from setwise.pipelines.recipe import Recipe
 from setwise.platform import cluster, config, run, storage
 from setwise.platform.errors import ConfigError
@@ -34,13 +34,14 @@ def run_study(spec: Study, base: Recipe, name: str, store: Path, tracker: Tracke
 
     Raises:
         ConfigError: a study of this name exists and is another one.
-        DataError: the data is not prepared.
+        DataError: the data is not prepared, or weights to start from are not there.
         LeaseHeldError: another process runs this study.
     """
     from setwise.sweeps import study as studies
 
     folder = store / "studies" / run.check_name(name)
     prepared = prepare.open_prepared(base.data.name, store)
+    pretrained.locate(base, store / "weights")
     with storage.lease(folder / "lease", f"study '{name}'"), cluster.connect(), _interruptible():
         parent = _parent_run(spec, base, name, store, prepared)
         study = studies.open_study(folder / "study.db", name, spec, default_values(spec, base))

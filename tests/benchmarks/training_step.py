@@ -1,6 +1,6 @@
 """Images a second and model FLOPs utilisation (MFU) of a training step, at the shapes of the published recipes.
 
-    python tests/benchmarks/training_step.py [--batch N] [RECIPE ...]
+    PYTHONPATH=tests python -m benchmarks.training_step [--batch N] [RECIPE ...]
 
 Synthetic input that is on the device already, real model, loss and update. Without --batch: the recipe's batch on a
 GPU, four images on the CPU. FLOPs are those that the mathematics needs, two a multiplication and addition, forward and

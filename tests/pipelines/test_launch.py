@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from setwise.pipelines import launch, recipe, train
 from setwise.pipelines.workers import Worker
 from setwise.platform import cluster, run
 from setwise.platform.config import to_yaml
+from setwise.platform.errors import DataError, UnreachableError
 from setwise.platform.run import Run
 from tiny import TINY_MODEL
 
@@ -122,3 +124,34 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_on_the_same_numbers(store:
         for one in (undisturbed, training)
     ]
     assert without_time[0] == without_time[1]
+
+
+def test_an_error_in_a_worker_keeps_its_message_and_its_exit_code() -> None:
+    carried = "ray.exceptions.RayTaskError\n  File x\nsetwise.platform.errors.{}: the hub said: Error: 5\n\nmore"
+    for kind, code in ((DataError, 5), (UnreachableError, 6)):
+        told = launch._explained(RuntimeError(carried.format(kind.__name__)), Run(Path("a/run")))
+        assert type(told) is kind and told.exit_code == code
+        assert str(told) == "the hub said: Error: 5 (run a/run)"
+    other = ValueError("KeyError: 'x'")
+    assert launch._explained(other, Run(Path("a/run"))) is other
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        ({"text_encoder": {"kind": "bigru", "word_vectors": "no/such/file.txt"}}, "there is no file no/such/file.txt"),
+        ({"text_encoder": {"kind": "bert", "weights": "no such/model"}}, "neither a folder nor the name of a model"),
+        (
+            {"image_encoder": {"kind": "grid", "weights": "IMAGENET"}},
+            "neither a file nor a name of torchvision's weights",
+        ),
+    ],
+)
+def test_weights_that_are_not_there_are_missed_before_anything_starts(
+    store: Path, encoder: dict[str, Any], message: str
+) -> None:
+    values = recipe.load("digits_cnn_bigru").model_dump()
+    values["model"] |= encoder
+    with pytest.raises(DataError, match=message):
+        launch.plan("mine", recipe.Recipe.model_validate(values), "mine", store)
+    assert not (store / "runs" / "mine").exists()

@@ -20,7 +20,7 @@ from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.trained_model import Retrieval
 from setwise.pipelines.workers import Worker
 from setwise.platform import checkpoint, config, run, seeding
-from setwise.platform.errors import DataError
+from setwise.platform.errors import DataError, DivergedError
 from setwise.platform.run import Run
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "training_step.json"
@@ -140,7 +140,7 @@ from pathlib import Path
 from setwise.pipelines import train
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.workers import Worker
-from setwise.platform.errors import DataError
+from setwise.platform.errors import DataError, DivergedError
 from setwise.platform.run import Run
 recipe = Recipe.model_validate_json({tiny_recipe.model_dump_json()!r})
 real, calls = train.global_loss, []
@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(
         return parts._replace(total=parts.total * math.nan) if len(calls) == 6 else parts
 
     monkeypatch.setattr(train, "global_loss", poisoned)
-    with pytest.raises(train.DivergedError, match=r"step 5 \(epoch 2\).*gradient norm nan"):
+    with pytest.raises(DivergedError, match=r"step 5 \(epoch 2\).*gradient norm nan"):
         train_run(store, training, tiny_recipe)
     assert training.best_checkpoint().name == "epoch_0001"
 

@@ -10,13 +10,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import one_step
+from setwise.pipelines import train
+from setwise.pipelines.trained_model import Retrieval
 from setwise.pipelines.workers import Worker
 
 # In float32 what is left is the rounding of sums in another order: 5e-7 in most cases here, 1.2e-6 in the worst.
@@ -101,3 +105,49 @@ def test_the_step_depends_on_what_is_dropped() -> None:
         assert largest_difference(one_step.step("regions", worker, torch.float64), first) > 1e-2
     finally:
         one_step.share = share
+
+
+class NothingIsReadBack(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU: to look at a value, or at how many elements hold something."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.partition(".")[0]
+        assert name not in self.WAITS, f"{name} waits for the device"
+        if name == "index":  # by a mask, the size of the result has to be looked at
+            assert all(index is None or index.dtype != torch.bool for index in args[1]), "indexing by a mask waits"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("micro_batch", [None, 3])
+@each_case
+def test_a_step_reads_nothing_back_from_the_device(
+    case: str, micro_batch: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = torch.nn.GRU.forward
+
+    def unwatched(*arguments: Any) -> Any:
+        with _disable_current_modes():  # a GRU looks at how many captions go on, which stands on the CPU by design
+            return read(*arguments)
+
+    monkeypatch.setattr(torch.nn.GRU, "forward", unwatched)
+    settings = one_step.recipe(case, micro_batch)
+    torch.manual_seed(0)
+    retrieval = Retrieval(settings, one_step.VOCABULARY).train()
+    share = one_step.share(case, 0, 1, torch.float32)
+    adamw = torch.optim.AdamW(retrieval.parameters(), fused=True)  # as on a GPU
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with NothingIsReadBack():
+        parts = train.global_loss(retrieval.retriever, retrieval, share, settings, 0.0, Worker())
+        norm = train.update(parts.total, retrieval, adamw, scaler, 1.0)
+        failure = train._first_failure(torch.full((7,), -1.0), 3, parts, norm, overflow_is_handled=False)
+    assert failure.tolist() == [-1.0] * 7
+
+
+@pytest.mark.parametrize(
+    "look", [lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: bool(x[0] > 0)]
+)
+def test_a_look_at_the_device_is_noticed(look: Any) -> None:
+    with NothingIsReadBack(), pytest.raises(AssertionError, match="waits"):
+        look(torch.ones(3))
