@@ -62,7 +62,7 @@ class Memory:
     activations: float
     """What the forward pass of encoders and set prediction leaves for the backward pass."""
     loss: float
-    """Sets of the whole batch, all their cosines, and the gradients to them."""
+    """Sets of the whole batch and their gradients, and all cosines, unless the hardest negatives alone count."""
     inputs: float
     working: float
     """Twice the largest tensor, for what comes and goes within an operation."""
@@ -266,7 +266,8 @@ def _loss_bytes(recipe: Recipe, images: int, captions: int) -> float:
     n, m = images * slots, captions * slots
     sets_and_slots = 2 * (n + m) * recipe.model.embed_size
     scores = 6 * images * captions  # with their gradient, who matches whom, and copies without the positives
-    return 4.0 * (n * m + 2 * sets_and_slots + scores)
+    keeps_cosines = recipe.loss.negatives != "hardest" or recipe.loss.all_negatives_epochs > 0
+    return 4.0 * (keeps_cosines * n * m + 2 * sets_and_slots + scores)
 
 
 def _memory(recipe: Recipe, counted: Footprint, inputs: Inputs) -> Memory:

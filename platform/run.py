@@ -31,7 +31,10 @@ from setwise.platform.errors import ConfigError, DataError
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 MAX_DIFF_BYTES = 1_000_000
 WRITER_WAIT_S = 60
-RECORDED_PACKAGES = ("setwise", "ray", "torch", "torchvision", "mlflow", "optuna", "numpy", "pyarrow", "pillow")
+RECORDED_PACKAGES = (
+    *("setwise", "ray", "torch", "torchvision", "transformers", "tokenizers"),
+    *("mlflow", "optuna", "numpy", "pyarrow", "pillow"),
+)
 
 
 @dataclass(frozen=True)

@@ -244,3 +244,36 @@ def test_every_bound_is_in_the_schema_that_users_read() -> None:
     assert schema["OptimizerConfig"]["properties"]["lr"]["exclusiveMinimum"] == 0
     assert schema["TrainConfig"]["properties"]["batch_size"]["minimum"] == 2
     assert "description" in schema["SetPredictionConfig"]["properties"]["num_slots"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model.image_encoder.frozen_batch_norm=false", "train.micro_batch=8"],
+            "train.micro_batch would change the result: the backbone's batch normalisation takes its statistics",
+        ),
+        (["model.image_encoder.weights=null"], "frozen_batch_norm keeps the statistics that came with the weights"),
+        (["data.crop_scale=[0.5, 0.2]"], "crop_scale goes from a smaller to a larger share"),
+        (["data.crop_scale=[0, 1]"], "crop_scale goes from a smaller to a larger share"),
+        (["data.eval_shorter_side=200"], "eval_shorter_side 200 is less than image_size 224"),
+        (["train.batch_size=4", "train.workers=5"], "batch_size 4 leaves some of 5 workers without an image"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_with_the_reason(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        recipe.load("coco_resnet152_bigru", overrides)
+
+
+def test_only_a_backbone_can_stand_still() -> None:
+    with pytest.raises(ConfigError, match="an image encoder of kind 'cnn' has no backbone that could stand still"):
+        recipe.load("digits_cnn_bigru", ["optimizer.frozen_backbone_epochs=1"])
+
+
+def test_an_encoder_of_another_kind_replaces_the_one_of_the_recipe() -> None:
+    changed = recipe.load(
+        "coco_butd_bigru", ["model.image_encoder.architecture=resnet18", "model.image_encoder.kind=grid",
+                            "model.image_encoder.weights=IMAGENET1K_V1"]
+    )  # fmt: skip
+    assert changed.title == "coco_resnet18_bigru"
+    assert changed.model.image_encoder.frozen_batch_norm
