@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -28,29 +28,10 @@ def generator(seed: int, *names: str | int) -> torch.Generator:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators, which initialisation and dropout draw from."""
+    """Seed the global generators, which initialisation draws from."""
     import numpy
     import torch
 
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def global_state() -> dict[str, Any]:
-    """State of torch's global generators, in types that `torch.load(weights_only=True)` accepts."""
-    import torch
-
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def restore_global_state(state: dict[str, Any]) -> None:
-    """Undo `global_state`; devices that were not there when it was taken keep their state."""
-    import torch
-
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])

@@ -6,12 +6,11 @@ import itertools
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from setwise.platform import checkpoint, seeding
+from setwise.platform import seeding
 
 
 def draw(*stream: str | int) -> list[float]:
@@ -59,20 +58,3 @@ def test_seeding_everything_repeats_all_global_generators() -> None:
         assert numbers() != first
         seeding.seed_everything(seed)
         assert numbers() == first
-
-
-def test_the_global_state_goes_through_a_checkpoint_and_back(tmp_path: Path) -> None:
-    seeding.seed_everything(3)
-    torch.rand(5)
-    checkpoint.save(tmp_path / "a", {"w": torch.ones(1)}, {}, {"random": seeding.global_state()})
-    expected = torch.rand(5)
-    seeding.restore_global_state(checkpoint.training_state(tmp_path / "a")["random"])
-    assert torch.equal(torch.rand(5), expected)
-
-
-def test_a_state_from_a_machine_with_other_gpus_is_no_obstacle() -> None:
-    state = seeding.global_state()
-    state["cuda"] = [state["cpu"]] * 99
-    expected = torch.rand(5)
-    seeding.restore_global_state(state)
-    assert torch.equal(torch.rand(5), expected)
