@@ -249,6 +249,12 @@ def _explain(model: type[BaseModel], layer: Layer, item: dict[str, Any]) -> str:
     place = place_of(layer, keys)
     if item["type"] == "extra_forbidden":
         nearest = nearest_name(name, dotted_names(model))
+        if nearest == name:  # of another kind of section
+            sections = (_lookup(layer.values, keys[:length]) for length in range(len(keys) - 1, -1, -1))
+            kind = next(
+                (section["kind"] for section in sections if isinstance(section, dict) and "kind" in section), ""
+            )
+            return f"{place}: '{name}' is not a setting where the kind is '{kind}'."
         hint = f" Did you mean '{nearest}'?" if nearest else ""
         return f"{place}: '{name}' is not a setting.{hint}"
     if item["type"] == "missing":
