@@ -1,7 +1,8 @@
 """The loss of a whole batch and its gradient, computed together in one pass (Kim, Kim, Kwak, CVPR 2023).
 
 losses.py and similarity.py say what is computed. This file computes it for little more than the cost of its matrix
-products, and, beside the scores, in memory that grows with the batch and not with its square. All dot products are
+products, and, beside the scores, in memory that grows with the batch and, up to some thousand images, not with its
+square. All dot products are
 visited tile by tile: while a tile is in cache it gives its scores and its part of MMD, becomes d(loss)/d(dot product)
 and is multiplied back onto the rows. The gradient of the hardest negatives touches few pairs of sets and goes back
 through these alone; for other negatives the tiles between images and captions are kept until all scores are known.
@@ -63,6 +64,8 @@ def batch_loss(
             f"owners must be a vector, the index of an image for each of the {len(texts.sets)} captions; "
             f"its shape is {tuple(owners.shape)}"
         )
+    if not len(images.sets) or not len(texts.sets):
+        raise ValueError(f"{len(images.sets)} images and {len(texts.sets)} captions: there is nothing to compare")
     parameters = [parameter for parameter in similarity.parameters() if parameter.requires_grad]
     inputs = (images.sets, texts.sets, images.slots, texts.slots, *parameters)
     differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)

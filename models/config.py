@@ -114,9 +114,9 @@ class BertConfig(_Settings):
     weights: str | None = Field(
         None, description="to start from: a folder, or a name on the Hugging Face hub; none: random"
     )
-    layers: int = Field(12, ge=1, le=96)
-    width: int = Field(768, ge=2, le=8192)
-    heads: int = Field(12, ge=1, le=128)
+    layers: int = Field(12, ge=1, le=96, description="of self-attention and feed-forward")
+    width: int = Field(768, ge=2, le=8192, description="of a hidden state")
+    heads: int = Field(12, ge=1, le=128, description="attention heads of a layer")
     ff_width: int = Field(3072, ge=1, le=65536, description="width inside the feed-forward layers")
     max_tokens: int = Field(512, ge=64, le=8192, description="positions that the weights have a code for")
     dropout: float = Field(0.1, ge=0, lt=1, description="share dropped in training, of hidden states and of attention")
@@ -203,7 +203,9 @@ class ModelConfig(_Settings):
 class SimilarityConfig(_Settings):
     """How two sets are compared."""
 
-    kind: Literal["smooth_chamfer", "chamfer", "mil", "match_probability"] = "smooth_chamfer"
+    kind: Literal["smooth_chamfer", "chamfer", "mil", "match_probability"] = Field(
+        "smooth_chamfer", description="the paper's, its limit, the best pair (PVSE), or the mean probability (PCME)"
+    )
     alpha: float = Field(16, gt=0, le=1024, description="sharpness of smooth_chamfer; infinity would be chamfer")
 
 
@@ -215,7 +217,8 @@ class LossConfig(_Settings):
     mmd_gamma: float = Field(0.5, gt=0, description="of the kernel exp(-gamma * distance), distance not squared")
     diversity_weight: float = Field(0.01, ge=0, description="weight of the closeness of slots of one set")
     negatives: Negatives = Field(
-        "hardest", description="negatives in the triplet loss: the hardest, all, or those that violate the margin"
+        "hardest",
+        description="in the triplet loss: the hardest; all; those that violate the margin; semi_hard, these cut at it",
     )
     all_negatives_epochs: float = Field(
         0, ge=0, description="the triplet loss averages over all negatives this long, whatever `negatives` says"

@@ -115,6 +115,8 @@ def configuration(
         raise ValueError(f"attention of width {inner} cannot be divided among {heads} heads")
     saved = {int(match["number"]) for name in weights if (match := LAYER.fullmatch(name))}
     sampled = f"{block}slots_mu" in weights
+    if "img_enc.fc.weight" not in weights:
+        image_positions = "none"  # of one side alone
     if "img_enc.spm.agg_block.pos_enc.row_embed.weight" in weights:
         image_positions = "learned"
     if "txt_enc.spm.agg_block.pos_enc.row_embed.weight" in weights:
@@ -210,8 +212,8 @@ def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
         ours for side, ours in zip(SIDES, ("image", "text"), strict=True) if any(n.startswith(side) for n in weights)
     }
     for side in {"image", "text"} - present:
-        setattr(model, f"{side}_encoder", _Absent(side))
-        setattr(model, f"{side}_sets", _Absent(side))
+        setattr(model, f"{side}_encoder", _Absent(f"{side} side"))
+        setattr(model, f"{side}_sets", _Absent(f"{side} side"))
     own = model.state_dict()
     named: dict[str, Tensor] = {}
     for name, tensor in weights.items():
@@ -223,19 +225,27 @@ def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
             continue  # their encoder always makes this layer, also where nothing calls it
         if ours not in own:
             raise ValueError(f"{name} belongs to an option that is not available (no place for it as {ours})")
-        if tensor.numel() != own[ours].numel():
+        if tensor.squeeze().shape != own[ours].squeeze().shape:  # theirs may have more axes of length 1
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[ours].shape)}")
         named[ours] = tensor.detach().reshape(own[ours].shape)
     given_apart = ("image_encoder.backbone.", "text_encoder.bert.")  # features may be given instead
     missing = [name for name in own if name not in named and not _made_by_us(name)]
-    for prefix in given_apart:
-        if not any(name.startswith(prefix) for name in named):
-            missing = [name for name in missing if not name.startswith(prefix)]
+    absent = [prefix for prefix in given_apart if not any(name.startswith(prefix) for name in named)]
+    missing = [name for name in missing if not name.startswith(tuple(absent))]
     if missing:
         raise ValueError(f"weights are missing: {', '.join(missing)} (by our names)")
     if all(tensor.dtype == torch.float64 for tensor in named.values() if tensor.is_floating_point()):
         model.double()
     model.load_state_dict(named, strict=False)
+    for name, buffer in model.named_buffers():
+        if name.endswith(".noise"):  # which theirs has not: sampled slots are drawn anew in each of its evaluations
+            buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(0)))
+    for prefix in absent:
+        encoder, _, part = prefix.removesuffix(".").partition(".")
+        if hasattr(model.get_submodule(encoder), part):
+            stand_in = _Absent(f"{part}, only what comes behind it: give its output")
+            stand_in.width = getattr(model.get_submodule(f"{encoder}.{part}"), "width", 0)
+            setattr(model.get_submodule(encoder), part, stand_in)
 
 
 def _repeats(name: str) -> bool:
@@ -251,9 +261,10 @@ def _made_by_us(name: str) -> bool:
 class _Absent(nn.Module):
     """Stands where no weights were given."""
 
-    def __init__(self, side: str) -> None:
+    def __init__(self, what: str) -> None:
         super().__init__()
-        self.side = side
+        self.what = what
+        self.width = 0
 
-    def forward(self, *_: object) -> None:
-        raise ValueError(f"these weights have no {self.side} side")
+    def forward(self, *_: object, **__: object) -> None:
+        raise ValueError(f"these weights have no {self.what}")

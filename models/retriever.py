@@ -118,7 +118,8 @@ def from_official(
     Sizes and options are read off the tensors. What leaves no trace in them is given: `heads` (published: 4 of 512,
     with BERT 8 of 256), `iterations` where the blocks that share weights were saved once (published: 4), `num_slots`
     where slots are sampled, position codes, and what the captions' global feature is (published: the GRU's last state;
-    for BERT the maximum). Weights of one side alone give a model of that side.
+    for BERT the maximum). Weights of one side alone give a model of that side. Sampled slots are drawn anew in each of
+    the authors' evaluations, and are always the same here, so sets that begin with them agree in distribution alone.
 
     Args:
         state_dict: names as in the authors' code, with or without `module.` in front; of one side alone also without

@@ -188,7 +188,14 @@ class SequencePositions(nn.Module):
 
 def padding_after(lengths: Tensor, num: int, device: torch.device) -> Tensor:
     """(B,num) bool, True from each of the `lengths` (B,) on."""
-    return torch.arange(num, device=device) >= lengths.to(device)[:, None]
+    return torch.arange(num, device=device) >= on_device(lengths, device)[:, None]
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on the device; to a GPU from pinned memory, from which alone it comes while the host goes on."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def sine_code_1d(num: int, width: int, device: torch.device | None = None, is_padding: Tensor | None = None) -> Tensor:

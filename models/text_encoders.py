@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from setwise.models.config import BertConfig, BiGRUConfig
 from setwise.models.dropout import SampleDropout
-from setwise.models.set_prediction import Features, padding_after
+from setwise.models.set_prediction import Features, on_device, padding_after
 
 PADDING_TOKEN = 0
 ATTENTION = "setwise_sample_dropout"
@@ -43,13 +43,18 @@ class BiGRU(nn.Module):
         if not len(tokens):
             return _no_captions(self, tokens, lengths)
         words_BNW = self.word_dropout(self.embedding(tokens), keys)
-        packed = pack_padded_sequence(words_BNW, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        # Sorted by length here, on the CPU: left to torch, the order would be sent to a GPU in a way that waits for it.
+        sorted_lengths, order = lengths.cpu().sort(descending=True, stable=True)
+        to_sorted_B, back_B = (on_device(places, tokens.device) for places in (order, order.argsort()))
+        packed = pack_padded_sequence(words_BNW.index_select(0, to_sorted_B), sorted_lengths, batch_first=True)
         packed_states, final_2BS = self.gru(packed)
+        final_2BS = final_2BS.index_select(1, back_B)
         is_padding_BN = padding_after(lengths, tokens.shape[1], tokens.device)
 
         states_BND = words_BNW
         if self.config.local_features == "states" or self.config.pooling == "max":
             states, _ = pad_packed_sequence(packed_states, batch_first=True, total_length=tokens.shape[1])
+            states = states.index_select(0, back_B)
             states_BND = self.state_dropout(self._join(states.reshape(*tokens.shape, 2, -1)), keys)
         if self.config.pooling == "max":
             pooled_BD = _maximum(states_BND, is_padding_BN)
@@ -107,7 +112,7 @@ class Bert(nn.Module):
         """
         if not len(tokens):
             return _no_captions(self, tokens, lengths)
-        if lengths.is_cpu and bool((lengths < 1).any()):
+        if lengths.is_cpu and lengths.numpy().min() < 1:
             raise ValueError(f"caption {int(lengths.argmin())} of the batch has no token; BERT reads at least one")
         is_padding_BN = padding_after(lengths, tokens.shape[1], tokens.device)
         hidden_BNW = tokens if tokens.is_floating_point() else self._read(tokens, is_padding_BN, keys)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from setwise.models.config import BertConfig
+from setwise.models.set_prediction import on_device
 from setwise.pipelines import datasets, shards, views, vocabulary, word_pieces
 from setwise.pipelines.images import read_rgb
 from setwise.pipelines.prepare import Prepared
@@ -42,7 +43,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
-            _moved(self.images, device), _moved(self.tokens, device), self.lengths, _moved(self.owners, device)
+            on_device(self.images, device), on_device(self.tokens, device), self.lengths, on_device(self.owners, device)
         )
 
 
@@ -66,13 +67,8 @@ class Share:
     """(captions of all,) int64: indices of owners where images and captions of all workers stand in order of ranks."""
 
     def to(self, device: torch.device) -> Share:
-        keys = _moved(self.image_keys, device), _moved(self.text_keys, device)
-        return Share(self.batch.to(device), *keys, self.images, self.captions, _moved(self.owners, device))
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device; to a GPU from pinned memory, from which alone it comes without keeping the host waiting."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+        keys = on_device(self.image_keys, device), on_device(self.text_keys, device)
+        return Share(self.batch.to(device), *keys, self.images, self.captions, on_device(self.owners, device))
 
 
 class Split:

@@ -180,9 +180,9 @@ def config_diff(first: str, second: str) -> None:
     from setwise.platform import config
 
     left, right = (config.flatten(recipe.load(name)) for name in (first, second))
-    for name in left:
-        if left[name] != right.get(name):
-            results.print(f"{name}: {left[name]} | {right.get(name)}", markup=False)
+    for name in left | right:
+        if name not in left or name not in right or left[name] != right[name]:
+            results.print(f"{name}: {left.get(name, '-')} | {right.get(name, '-')}", markup=False)
 
 
 @app.command()

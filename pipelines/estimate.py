@@ -194,7 +194,7 @@ def fitted(recipe: Recipe, of: Sizes, preset: Preset) -> Recipe:
     if "eval_batch_size" not in train.model_fields_set:
         sizes_down = [train.eval_batch_size, *_powers_below(train.eval_batch_size)]
         recipe = _first_that_fits(recipe, of, preset, "eval_batch_size", sizes_down)
-    if "micro_batch" not in train.model_fields_set and not _is_whole(recipe):
+    if train.micro_batch is None and not _is_whole(recipe):
         recipe = _first_that_fits(recipe, of, preset, "micro_batch", [None, *_powers_below(share_of(recipe))])
     return recipe
 
@@ -310,7 +310,7 @@ def settled(recipe: Recipe, on: str, store: Path) -> Recipe:
     """
     of, preset = sizes(recipe, store), hardware.load(on)[0]
     found = estimate(fitted(recipe, of, preset), of, preset)
-    if not found.fits and "micro_batch" not in recipe.train.model_fields_set:
+    if not found.fits and recipe.train.micro_batch is None:
         needed = max(found.memory.total, found.embedding_bytes) / GIB
         pieces = ", set model.image_encoder.frozen_batch_norm so that it can run in pieces" if _is_whole(recipe) else ""
         raise ConfigError(

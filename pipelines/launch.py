@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from setwise.models.config import RegionsConfig
 from setwise.pipelines import batches, datasets, prepare, pretrained, records
 from setwise.pipelines.recipe import Recipe
 from setwise.platform import cluster, config, run, storage
@@ -35,6 +36,7 @@ class Plan:
         return (
             f"run '{self.name}': {train.epochs} epochs of {self.steps_per_epoch} steps, {train.batch_size} images a "
             f"step over {train.workers} worker{'s' if train.workers > 1 else ''}, {train.precision}, "
+            f"{'' if train.micro_batch is None else f'{train.micro_batch} images at a time, '}"
             f"K = {self.recipe.model.set_prediction.num_slots}, D = {self.recipe.model.embed_size}"
         )
 
@@ -58,6 +60,8 @@ def plan(recipe_name: str, recipe: Recipe, name: str | None, store: Path) -> Pla
             f"({', '.join(datasets.known())} can). What its training would take: setwise train {recipe_name} --dry-run"
         )
     prepared = prepare.open_prepared(recipe.data.name, store)
+    if isinstance(recipe.model.image_encoder, RegionsConfig):
+        raise DataError(f"'{recipe.data.name}' holds images, and an image encoder of kind 'butd' reads region features")
     pretrained.locate(recipe, store / "weights")
     digest = storage.fingerprint([recipe.model_dump(mode="json"), prepared.fingerprint])[:6]
     images = prepared.manifest["splits"]["train"]["images"]
@@ -84,6 +88,7 @@ def execute(plan: Plan, tracker: Tracker, say: Say) -> Run:
             return training
         epochs = plan.recipe.train.epochs
         with cluster.connect():
+            say(f"training on {'GPUs' if cluster.gpus() >= plan.recipe.train.workers else 'CPUs'}")
             train_with_ray(plan.recipe, training, plan.store, on_epoch=lambda values: say(epoch_line(values, epochs)))
         records.end(training, "FINISHED")
     return training
@@ -116,7 +121,12 @@ def train_with_ray(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     workers = recipe.train.workers
-    use_gpu = cluster.gpus() >= workers
+    gpus, cpus = cluster.gpus(), cluster.cpus()
+    use_gpu = gpus >= workers
+    if not use_gpu and (gpus or cpus < workers):  # Ray would wait for ever, or train on CPUs beside idle GPUs
+        raise ConfigError(
+            f"train.workers={workers}, but the cluster has {gpus} GPUs and {cpus} CPUs: set it to what there is"
+        )
     attempts = training.folder / "ray"
     attempt = f"attempt_{len(list(attempts.glob('*'))) if attempts.exists() else 0:03d}"
     trainer = TorchTrainer(

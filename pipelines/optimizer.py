@@ -43,7 +43,8 @@ def _scale(name: str, config: OptimizerConfig) -> float:
 
 
 def freeze(module: nn.Module, config: OptimizerConfig, epoch: int) -> bool:
-    """Let the image backbone stand still in the first `frozen_backbone_epochs`, and learn from then on.
+    """Let the image backbone stand still in the first `frozen_backbone_epochs`, statistics of its normalisations
+    included, and learn from then on. To be called once `module` is in training mode.
 
     Returns:
         Whether other parameters learn now than before.
@@ -54,6 +55,8 @@ def freeze(module: nn.Module, config: OptimizerConfig, epoch: int) -> bool:
         if name.startswith(BACKBONE) and parameter.requires_grad != learns:
             parameter.requires_grad_(learns)
             changed = True
+    if not learns and any(name.startswith(BACKBONE) for name, _ in module.named_parameters()):
+        module.get_submodule(BACKBONE.removesuffix(".")).eval()
     return changed
 
 

@@ -46,7 +46,8 @@ class Plan:
             f"data: {chosen.sizes.images:,} training images with {chosen.sizes.inputs.captions} captions each; "
             + chosen.sizes.source,
             "time: counted operations over the speed that a preset expects, or the time to start them if that is "
-            "longer, both of which are assumptions; without reading data, evaluation and checkpoints",
+            "longer, both of which are assumptions; without reading and decoding data, communication between workers, "
+            "evaluation and checkpoints",
             f"memory: counted, and {PROCESS_BYTES / GIB:g} GiB assumed for the process itself; {MARGIN:.0%} of a "
             "device has to stay free",
         ]
@@ -65,7 +66,7 @@ class Plan:
         if isinstance(image, GridConfig) and image.weights is None:
             found.append("the image backbone starts at random: see model.image_encoder.weights")
         if isinstance(text, BertConfig) and text.weights is None:
-            found.append("BERT starts at random: see model.text_encoder.weights")
+            found.append("training needs BERT's weights, if only for its word pieces: model.text_encoder.weights")
         if not chosen.fits:
             found.append("does not fit: name another preset")
         return found

@@ -81,6 +81,8 @@ def open_prepared(name: str, store: Path) -> Prepared:
     if not (folder / "manifest.json").is_file():
         raise DataError(f"data set '{name}' is not prepared in {store}. Do it with: setwise data prepare {name}")
     prepared = Prepared(folder, storage.read_json(folder / "manifest.json"))
+    if prepared.manifest["identity"]["schema"] != SCHEMA:
+        raise DataError(f"{folder}: another version of setwise made it. Make it again: setwise data prepare {name}")
     if path := _damaged(folder, prepared.manifest):
         raise DataError(f"{path} is missing or cut short. Make it again: setwise data prepare {name}")
     return prepared

@@ -51,7 +51,7 @@ class OptimizerConfig(Settings):
     """AdamW with a schedule that is a pure function of the step (method: section 4 of the recipes)."""
 
     lr: float = Field(1e-3, gt=0, le=1, description="peak learning rate")
-    weight_decay: float = Field(1e-4, ge=0, le=1)
+    weight_decay: float = Field(1e-4, ge=0, le=1, description="of every weight, apart from the gradient (AdamW)")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from zero")
     schedule: Literal["cosine", "constant", "step"] = Field(
         "cosine", description="after warm-up: cosine to zero, constant, or times step_factor every step_epochs"
@@ -69,7 +69,7 @@ class OptimizerConfig(Settings):
 class TrainConfig(Settings):
     """Length, batch and randomness of a training."""
 
-    epochs: int = Field(10, ge=1, le=10_000)
+    epochs: int = Field(10, ge=1, le=10_000, description="how often every image is seen")
     batch_size: int = Field(100, ge=2, description="images in a batch, over all workers, each with all its captions")
     eval_batch_size: int = Field(250, ge=1, description="images in a batch when embedding; changes no result")
     drop_last: bool = Field(True, description="leave out an epoch's last batch if it is not whole")
@@ -82,7 +82,7 @@ class TrainConfig(Settings):
     )
     compile: bool = Field(False, description="compile the set prediction with torch.compile; the first step takes long")
     threads: int = Field(1, ge=1, description="CPU threads of a worker")
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(0, ge=0, lt=2**31, description="decides initial weights, order and all that is random")
     keep_checkpoints: int = Field(2, ge=2, description="newest checkpoints kept beside the best one")
 
     @model_validator(mode="after")

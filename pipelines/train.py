@@ -28,6 +28,8 @@ from setwise.platform.tracking import Outbox
 Report = Callable[[dict[str, float]], None]
 METRIC = "val/rsum"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_OVERFLOWS = 50
+"""Updates in a row that fp16 may leave out: each halves the scale, which starts at 2^16."""
 LOOK_EVERY = 50
 """Steps between two looks at whether the loss is finite, each of which waits for a GPU."""
 
@@ -46,6 +48,8 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
     config = recipe.train
     torch.set_num_threads(config.threads)
     device = worker.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
     # Data. What is in a batch, and how it is augmented, is a pure function of (seed, epoch, place).
     prepared = prepare.open_prepared(recipe.data.name, store)
@@ -75,6 +79,8 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
         retrieval.load_state_dict(checkpoint.weights(newest))
         saved = checkpoint.training_state(newest)
         adamw.load_state_dict(saved["optimizer"])
+        for group in adamw.param_groups:
+            group["fused"] = adamw.defaults["fused"]  # as this device has it, wherever the run began
         scaler.load_state_dict(saved["scaler"])
         history = checkpoint.metadata(newest)["history"]
         seconds_before = history[-1]["train/seconds"]
@@ -93,11 +99,12 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
         retrieval.retriever.image_sets.compile()
         retrieval.retriever.text_sets.compile()
     forward: nn.Module | None = None
+    overflows = torch.zeros((), device=device)
     started = time.monotonic()
     for epoch in range(len(history) + 1, config.epochs + 1):
+        retrieval.train()
         if optimizer.freeze(retrieval, recipe.optimizer, epoch) or forward is None:
             forward = workers.parallel(retrieval.retriever, worker)
-        retrieval.train()
         sums: dict[str, Tensor] = {}
         failure = torch.full((len(LossParts._fields) + 2,), -1.0, device=device)
 
@@ -113,16 +120,22 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
             norm = update(parts.total, retrieval, adamw, scaler, recipe.optimizer.clip_norm)
 
             # Numbers stay on the device: to look at one would wait for the GPU.
-            failure = _first_failure(failure, step, parts, norm, overflow_is_handled=scaler.is_enabled())
+            updated = norm.isfinite()  # in fp16 a gradient may overflow
+            overflows = torch.where(updated, 0.0, overflows + 1)
+            may_overflow = overflows <= (MAX_OVERFLOWS if scaler.is_enabled() else 0)
+            failure = _first_failure(failure, step, parts, norm, may_overflow)
             if device.type == "cpu" or number % LOOK_EVERY == LOOK_EVERY - 1:
                 _stop_at(failure, steps_per_epoch)
-            for name, value in {**parts._asdict(), "gradient_norm": norm}.items():
+            counted = {**parts._asdict(), "gradient_norm": torch.where(updated, norm, 0.0), "updates": updated}
+            for name, value in counted.items():
                 sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
         _stop_at(failure, steps_per_epoch)
 
         # The epoch's end: validate, checkpoint, then tell; in this order, so that what was told can be found again.
         values = {"epoch": float(epoch), "train/lr": rate}
+        updates = float(sums.pop("updates"))
         values |= {f"train/{name}": float(value) / steps_per_epoch for name, value in sums.items()}
+        values["train/gradient_norm"] *= steps_per_epoch / max(updates, 1)
         if worker.rank == 0:
             values |= validate(retrieval, validation, config.eval_batch_size, device)
         values["train/seconds"] = seconds_before + time.monotonic() - started
@@ -190,7 +203,7 @@ def _metadata(
     recipe: Recipe, words: tuple[str, ...], data: dict[str, Any], run: Run, history: list[dict[str, float]]
 ) -> dict[str, Any]:
     return {
-        "schema": 1,
+        "schema": 2,
         "run": run.name,
         "epoch": len(history),
         "recipe": recipe.model_dump(mode="json"),
@@ -216,15 +229,14 @@ def _point_to_best(run: Run, history: list[dict[str, float]]) -> str:
     return name
 
 
-def _first_failure(failure: Tensor, step: int, parts: LossParts, norm: Tensor, *, overflow_is_handled: bool) -> Tensor:
+def _first_failure(failure: Tensor, step: int, parts: LossParts, norm: Tensor, may_overflow: Tensor) -> Tensor:
     """`failure` (step, parts of the loss, gradient norm), once it holds a step; else of this step if it is not finite.
 
-    Where the gradients are scaled, some that overflow are expected, and only the loss has to be finite.
+    The loss has to be, and the gradient norm unless it `may_overflow`.
     """
     values = torch.stack([value.detach().float() for value in (*parts, norm)])
-    judged = values[:-1] if overflow_is_handled else values
-    happened = (failure[0] >= 0) | judged.isfinite().all()
-    return torch.where(happened, failure, torch.cat([values.new_full((1,), step), values]))
+    finite = values[:-1].isfinite().all() & (norm.isfinite() | may_overflow)
+    return torch.where((failure[0] >= 0) | finite, failure, torch.cat([values.new_full((1,), step), values]))
 
 
 def _stop_at(failure: Tensor, steps_per_epoch: int) -> None:
@@ -234,7 +246,7 @@ def _stop_at(failure: Tensor, steps_per_epoch: int) -> None:
         return
     told = ", ".join(f"{name} {value:g}" for name, value in zip(LossParts._fields, values, strict=False))
     raise DivergedError(
-        f"the loss is not finite any more at step {step:.0f} (epoch {step // steps_per_epoch + 1:.0f}): {told}, "
-        f"gradient norm {values[-1]:g}. The checkpoints before it are kept. Try a lower optimizer.lr or "
-        "optimizer.clip_norm."
+        "the loss or its gradient is not finite any more at step "
+        f"{step:.0f} (epoch {step // steps_per_epoch + 1:.0f}): {told}, gradient norm {values[-1]:g}. "
+        "The checkpoints before it are kept. Try a lower optimizer.lr or optimizer.clip_norm."
     )

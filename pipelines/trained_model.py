@@ -102,7 +102,10 @@ def load(folder: Path, device: torch.device | None = None) -> TrainedModel:
         raise DataError(f"{folder}: not a checkpoint of a retrieval model ({error})") from error
     device = device or default_device()
     retrieval = Retrieval(recipe, len(vocabulary))
-    retrieval.load_state_dict(checkpoint.weights(folder))
+    try:
+        retrieval.load_state_dict(checkpoint.weights(folder))
+    except RuntimeError as error:
+        raise DataError(f"{folder}: its weights do not fit; another version of setwise wrote it. {error}") from error
     retrieval.to(device).eval()
     weights = storage.read_json(folder / checkpoint.MANIFEST)["files"][checkpoint.WEIGHTS]["sha256"]
     return TrainedModel(retrieval, recipe, vocabulary, metadata | {"weights_sha256": weights}, device)

@@ -1,4 +1,7 @@
-"""The square of an image that an encoder sees: in training cut out at random, in evaluation always the same."""
+"""The square of an image that an encoder sees: in training cut out at random, in evaluation always the same.
+
+Scaled bilinearly, as by torchvision's transforms, which the authors use.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def training_view(image: Image.Image, data: DataConfig, random: np.random.Genera
         view = evaluation_view(image, data)
     else:
         box = random_box(*image.size, data.crop_scale, random)
-        view = image.resize((data.image_size, data.image_size), Image.Resampling.BICUBIC, box=box)
+        view = image.resize((data.image_size, data.image_size), Image.Resampling.BILINEAR, box=box)
     return ImageOps.mirror(view) if data.flip and random.random() < 0.5 else view
 
 
@@ -59,13 +62,14 @@ def evaluation_view(image: Image.Image, data: DataConfig) -> Image.Image:
     from PIL import Image, ImageOps
 
     size = (data.image_size, data.image_size)
-    if image.size == size:
+    leaves_border = data.eval_view == "center" and data.eval_shorter_side not in (None, data.image_size)
+    if image.size == size and not leaves_border:
         return image
     if data.eval_view == "squash":
-        return image.resize(size, Image.Resampling.BICUBIC)
+        return image.resize(size, Image.Resampling.BILINEAR)
     side = min(image.size)
     if data.eval_shorter_side is not None:
         side = max(1, round(side * data.image_size / data.eval_shorter_side))
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        return image.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    return ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+        return image.resize(size, Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    return ImageOps.fit(image, size, Image.Resampling.BILINEAR)

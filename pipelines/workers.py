@@ -31,11 +31,11 @@ def parallel(module: nn.Module, worker: Worker) -> nn.Module:
     The average is of gradients that `gather` made larger by the number of workers, so it is their sum. To be called
     again when other parameters learn than before.
     """
+    batch_norm.synchronize(module)  # alone too, so that any number of workers runs the same code
     if worker.world == 1:
         return module
-    batch_norm.synchronize(module)
-    devices = [worker.device] if worker.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=devices)
+    # Without device_ids: with them, lengths of captions would be moved to the GPU, and the host would wait for them.
+    return nn.parallel.DistributedDataParallel(module)
 
 
 def gather(embedding: SetEmbedding, counts: tuple[int, ...], worker: Worker) -> SetEmbedding:

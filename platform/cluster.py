@@ -32,6 +32,7 @@ def connect(cpus: int | None = None, object_store_bytes: int = 512 * 2**20) -> I
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # Ray would run workers at nice 15, and any other load would starve them
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a task without a GPU leaves CUDA_VISIBLE_DEVICES alone
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a path in a recipe is relative to where the user is
         "RAY_AIR_NEW_OUTPUT": "0",
         "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # tracking is ours; Tune would write CSV, JSON and TensorBoard too

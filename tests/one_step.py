@@ -23,6 +23,8 @@ from setwise.pipelines.workers import Worker
 VOCABULARY = 30
 CNN = {"kind": "cnn", "channels": [8, 16]}
 REGIONS = {"kind": "butd", "feature_dim": 10, "region_drop": 0.3, "head": {"dropout": 0.2}}
+GRID = {"kind": "grid", "architecture": "resnet18", "weights": "named", "head": {"dropout": 0.2}}
+BERT = {"kind": "bert", "layers": 1, "width": 16, "heads": 2, "ff_width": 32, "max_tokens": 64, "dropout": 0.2}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[int]]] = {
     # encoder of images; other settings; captions of each image of the global batch
     "cnn": (CNN, {}, [5] * 12),
@@ -33,23 +35,25 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[int]]] = {
     "regions, fewer images than workers": (REGIONS, {}, [5, 3, 2]),
     "match probability": (CNN, {"similarity": {"kind": "match_probability"}}, [5, 2, 1, 6, 5, 3, 5]),
     "all negatives": (CNN, {"loss": {"negatives": "all"}}, [5, 2, 1, 6, 5, 3, 5]),
+    "grid and BERT": (GRID, {"text": BERT}, [5, 2, 1, 6, 5, 3, 5]),
     "sampled slots": (REGIONS, {"slots": "sampled"}, [5, 2, 1, 6, 5, 3, 5]),
 }
 
 
 def recipe(case: str, micro_batch: int | None = None) -> Recipe:
     encoder, settings, _ = CASES[case]
+    text = settings.get("text", {"kind": "bigru", "word_dim": 8, "dropout": 0.2})
     slots = {"slots": settings["slots"]} if "slots" in settings else {}
     return Recipe.model_validate(
         {
             "model": {
                 "embed_size": 16,
                 "image_encoder": encoder,
-                "text_encoder": {"kind": "bigru", "word_dim": 8, "dropout": 0.2},
+                "text_encoder": text,
                 "set_prediction": {"heads": 2, "head_dim": 8, "iterations": 2, "dropout": 0.2, **slots},
             },
             "train": {"micro_batch": micro_batch},
-            **{name: value for name, value in settings.items() if name != "slots"},
+            **{name: value for name, value in settings.items() if name not in ("slots", "text")},
         }
     )
 
@@ -58,7 +62,7 @@ def share(case: str, rank: int, world: int, dtype: torch.dtype) -> Share:
     """The part of worker `rank` of `world`: every `world`-th image, as in training."""
     encoder, _, captions = CASES[case]
     generator = torch.Generator().manual_seed(1)
-    if encoder["kind"] == "cnn":
+    if encoder["kind"] != "butd":
         images = torch.randint(0, 256, (len(captions), 3, 32, 32), dtype=torch.uint8, generator=generator)
     else:
         images = torch.randn(len(captions), 6, encoder["feature_dim"], generator=generator, dtype=dtype)
@@ -106,6 +110,8 @@ def main(rank: int, world: int, meeting_point: str, out: Path) -> None:
         for case in CASES:
             found = step(case, Worker(rank, world), dtype)
             save_file(found, out / f"{case}-{dtype}-{rank}.safetensors")
+            pieces = step(case, Worker(rank, world), dtype, micro_batch=2)
+            save_file(pieces, out / f"{case}-{dtype}-{rank}-pieces.safetensors")
     torch.distributed.destroy_process_group()
 
 

@@ -1,6 +1,6 @@
 """Images a second and model FLOPs utilisation (MFU) of a training step, at the shapes of the published recipes.
 
-    PYTHONPATH=tests python -m benchmarks.training_step [--batch N] [RECIPE ...]
+    PYTHONPATH=tests python -m benchmarks.training_step [--batch N] [--on PRESET] [RECIPE ...]
 
 Synthetic input that is on the device already, real model, loss and update. Without --batch: the recipe's batch on a
 GPU, four images on the CPU. FLOPs are those that the mathematics needs, two a multiplication and addition, forward and
@@ -15,12 +15,13 @@ import platform
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from setwise.models.config import BertConfig, RegionsConfig
-from setwise.pipelines import estimate, footprint, optimizer, recipe, train
+from setwise.pipelines import estimate, footprint, hardware, optimizer, recipe, train
 from setwise.pipelines.batches import Batch, Share
 from setwise.pipelines.footprint import Inputs
 from setwise.pipelines.recipe import Recipe
@@ -69,8 +70,11 @@ def timed(function: object, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def measure(name: str, batch: int | None, device: torch.device) -> str:
-    settings = recipe.load(name, [] if device.type == "cuda" else ["train.precision=fp32"])
+def measure(name: str, batch: int | None, on: str, device: torch.device) -> str:
+    if device.type == "cuda":
+        settings = estimate.settled(hardware.load_recipe(name, [], on), on, Path(".setwise"))
+    else:
+        settings = recipe.load(name, ["train.precision=fp32"])
     batch = batch or (settings.train.batch_size if device.type == "cuda" else 4)
     vocabulary = VOCABULARY.get(settings.data.name, 100)
     if isinstance(settings.model.text_encoder, BertConfig):
@@ -107,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="images a second and MFU of a training step")
     parser.add_argument("recipes", nargs="*", default=RECIPES)
     parser.add_argument("--batch", type=int)
+    parser.add_argument("--on", default="h200x1", help="preset of the GPU: its precision, and what fits it at a time")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
@@ -114,7 +119,10 @@ def main() -> None:
     print(f"{where}, {platform.machine()}, torch {torch.__version__}; median of {REPEATS} steps")
     print(f"{'recipe':<24}" + "".join(f"{head:>{width}}" for head, width in COLUMNS.items()))
     for name in arguments.recipes:
-        print(measure(name, arguments.batch, device))
+        try:
+            print(measure(name, arguments.batch, arguments.on, device))
+        except torch.OutOfMemoryError as error:
+            print(f"{name:<24}does not fit: {error}")
         sys.stdout.flush()
 
 

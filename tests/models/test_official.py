@@ -153,6 +153,11 @@ UNTIED = "img_enc.spm.agg_block.layers.1.0.fn.to_q.weight"
             r"img_enc\.fc\.bias has shape \(3,\), expected \(48,\)",
         ),
         (lambda: changed(UNTIED, torch.zeros(2048, 48)), {}, "share nothing"),
+        (
+            lambda: changed("img_enc.mlp.fc1.weight", torch.zeros(48, 24)),
+            {},
+            r"has shape \(48, 24\), expected \(24, 48\)",
+        ),
         (lambda: changed("img_enc.spm.fc.weight", torch.zeros(1024, 48)), {}, "an option that is not available"),
         (lambda: changed("txt_enc.linear2.weight", torch.zeros(1)), {}, "sep_bert_fc, which is not available"),
         (weights_of, {"heads": 3}, "2048 cannot be divided among 3 heads"),
@@ -230,3 +235,25 @@ def test_a_backbone_among_the_weights_is_recognised_and_loaded() -> None:
     loaded = dict(model.image_encoder.named_parameters())
     assert torch.equal(loaded["backbone.conv1.weight"], backbone["img_enc.cnn.conv1.weight"])
     assert model.encode_images(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).sets.shape == (2, 3, 8)
+
+
+def test_what_the_weights_have_not_is_not_made_up() -> None:
+    """Without a backbone, pixels are refused; without BERT, tokens are; feature maps and hidden states are taken."""
+    images = from_official(weights_of("cnn_gru"), image_positions="sine")
+    assert images.encode_images(golden("cnn_gru")[1]["grid"]).sets.shape == (3, 4, 48)
+    with pytest.raises(ValueError, match="these weights have no backbone"):
+        images.encode_images(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    texts = from_official(weights_of("bert"), image_positions="sine")
+    with pytest.raises(ValueError, match="these weights have no bert"):
+        texts.encode_texts(torch.zeros(2, 4, dtype=torch.int64), torch.tensor([4, 2]))
+
+
+def test_sampled_slots_are_the_same_each_time() -> None:
+    weights = weights_of()
+    for side in ("img_enc", "txt_enc"):
+        block_name = f"{side}.spm.agg_block"
+        del weights[f"{block_name}.latents"]
+        weights[f"{block_name}.slots_mu"] = torch.full((1, 1, 48), 0.1)
+        weights[f"{block_name}.slots_log_sigma"] = torch.zeros(1, 1, 48)
+    first, second = (from_official(weights, num_slots=3) for _ in range(2))
+    assert embeddings(first).shape == (4, 3, 48) and torch.equal(embeddings(first), embeddings(second))

@@ -14,6 +14,7 @@ from setwise.pipelines import datasets, estimate, hardware, recipe
 from setwise.pipelines.digits import DigitsConfig
 from setwise.pipelines.estimate import GIB
 from setwise.pipelines.hardware import Preset
+from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.trained_model import Retrieval
 from setwise.platform import checkpoint
 from setwise.platform.errors import ConfigError, DataError
@@ -69,9 +70,15 @@ def test_a_smaller_card_takes_smaller_pieces_and_no_smaller_batch() -> None:
 
 
 def test_what_is_set_is_not_adapted() -> None:
-    for given in ("null", "4"):
-        settings = recipe.load("coco_resnet152_bigru", [f"train.micro_batch={given}", "train.eval_batch_size=250"])
-        assert estimate.fitted(settings, estimate.sizes(settings, NOWHERE), machine(2)) == settings
+    settings = recipe.load("coco_resnet152_bigru", ["train.micro_batch=4", "train.eval_batch_size=250"])
+    assert estimate.fitted(settings, estimate.sizes(settings, NOWHERE), machine(2)) == settings
+
+
+def test_a_recipe_written_out_with_its_defaults_is_adapted_as_well() -> None:
+    """`micro_batch: null`, as `config show` and a run's config.yaml have it, insists on nothing."""
+    settings = Recipe.model_validate(recipe.load("coco_resnet152_bigru").model_dump())
+    fitted = estimate.fitted(settings, estimate.sizes(settings, NOWHERE), machine(8))
+    assert fitted.train.micro_batch is not None
 
 
 def test_a_backbone_that_normalises_by_its_batch_is_not_cut() -> None:
@@ -193,14 +200,14 @@ def test_published_sizes_of_the_embedded_data_are_its_defaults() -> None:
 def test_published_sizes() -> None:
     steps = {name: planned(recipe.load(name)).steps_per_epoch for name in recipe.names() if name != DIGITS}
     assert steps == {
-        "coco_butd_bigru": 566,
-        "f30k_butd_bigru": 226,
-        "coco_resnet152_bigru": 885,
-        "f30k_resnet152_bigru": 226,
-        "coco_resnext101_bert": 885,
-        "f30k_resnext101_bert": 453,
+        "coco_butd_bigru": 567,
+        "f30k_butd_bigru": 227,
+        "coco_resnet152_bigru": 886,
+        "f30k_resnet152_bigru": 227,
+        "coco_resnext101_bert": 886,
+        "f30k_resnext101_bert": 454,
     }
-    assert planned(recipe.load("coco_butd_bigru", ["train.drop_last=false"])).steps_per_epoch == 567
+    assert planned(recipe.load("coco_butd_bigru", ["train.drop_last=true"])).steps_per_epoch == 566
 
 
 def test_a_data_set_that_nobody_knows_has_to_be_prepared() -> None:

@@ -16,7 +16,7 @@ from setwise.pipelines import launch, recipe, train
 from setwise.pipelines.workers import Worker
 from setwise.platform import cluster, run
 from setwise.platform.config import to_yaml
-from setwise.platform.errors import DataError, UnreachableError
+from setwise.platform.errors import ConfigError, DataError, UnreachableError
 from setwise.platform.run import Run
 from tiny import TINY_MODEL
 
@@ -155,3 +155,32 @@ def test_weights_that_are_not_there_are_missed_before_anything_starts(
     with pytest.raises(DataError, match=message):
         launch.plan("mine", recipe.Recipe.model_validate(values), "mine", store)
     assert not (store / "runs" / "mine").exists()
+
+
+def test_more_workers_than_there_are_processors_are_refused_at_once(store: Path) -> None:
+    settings, training = start(store, "too-many", 4)
+    with pytest.raises(ConfigError, match=r"train\.workers=4, but the cluster has 0 GPUs and 3 CPUs"):
+        launch.train_with_ray(settings, training, store)
+
+
+def test_a_path_in_a_recipe_is_relative_to_where_the_user_is(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray would move its workers into folders of its own."""
+    import ray
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vectors.txt").write_text("red 1 2 3 4 5 6 7 8\n")
+    with cluster.connect():
+        ray.shutdown()  # a cluster that was started here, in this folder
+    changed = ("train.epochs=1", "model.text_encoder.word_vectors=vectors.txt")
+    with cluster.connect(cpus=2):
+        settings, training = start(store, "relative", 1, *changed)
+        launch.train_with_ray(settings, training, store)
+    assert len(curve(training)) == 1
+
+
+def test_region_features_cannot_be_read_off_images(store: Path) -> None:
+    settings = recipe.load("digits_cnn_bigru", ["model.image_encoder.kind=butd"])
+    with pytest.raises(DataError, match="holds images, and an image encoder of kind 'butd' reads region features"):
+        launch.plan("mine", settings, "mine", store)

@@ -25,7 +25,7 @@ def test_a_dry_run_prints_parts_memory_and_every_preset(tmp_path: Path) -> None:
     done = setwise("train", "coco_butd_bigru", "--on", "rtx3090x1", "--dry-run", "--store", str(tmp_path))
     assert done.stderr == ""
     first = done.stdout.splitlines()[0]
-    assert first.startswith("coco_butd_bigru on rtx3090x1 (1 x NVIDIA GeForce RTX 3090): 80 epochs of 566 steps of 200")
+    assert first.startswith("coco_butd_bigru on rtx3090x1 (1 x NVIDIA GeForce RTX 3090): 80 epochs of 567 steps of 200")
     for words in ("45,330,596", "text sets", "activations", "published sizes", "word embeddings start at random"):
         assert words in done.stdout
     assert all(f"│ {name}" in done.stdout for name in hardware.names())
@@ -109,3 +109,15 @@ def test_config_show_lays_a_preset_over_a_recipe(tmp_path: Path) -> None:
     shown.write_text(done.stdout)
     assert recipe.load(str(shown)) == hardware.load_recipe("coco_butd_bigru", ["train.epochs=1"], "a100x8")
     assert "setwise train coco_butd_bigru --on a100x8 --dry-run" in done.stderr
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_every_recipe_dry_runs_from_the_command_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", name, "--on", "a100x2", "--dry-run", "--json", "--store", str(tmp_path)]
+    cli.app(words, standalone_mode=False)
+    told = json.loads(capsys.readouterr().out)
+    assert told["recipe"] == name and told["on"] == "a100x2"
+    assert told["fits"] and told["steps"] == told["steps_per_epoch"] * told["train"]["epochs"]
+    assert min(told["hours"], told["checkpoint_bytes"], *told["flops_per_step"].values()) >= 0

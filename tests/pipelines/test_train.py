@@ -288,3 +288,61 @@ def test_bert_trains_from_a_folder_and_its_checkpoint_needs_the_folder_no_more(s
     model = trained_model.load(training.best_checkpoint())
     assert model.encode_captions(["a red three", "threes left of a"]).shape == (2, 4, 16)
     assert model.vocabulary.unknown("a blue threes") == ["blue"]
+
+
+class Spoilt(torch.autograd.Function):
+    """The identity, whose gradient is infinite."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient * math.inf
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
+    """Let the gradient overflow in some steps, the loss being finite."""
+    real, calls = train.global_loss, []
+
+    def spoilt(*arguments: object) -> object:
+        calls.append(1)
+        parts = real(*arguments)  # type: ignore[arg-type]
+        return parts._replace(total=Spoilt.apply(parts.total)) if len(calls) - 1 in steps else parts
+
+    monkeypatch.setattr(train, "global_loss", spoilt)
+
+
+def test_a_gradient_that_overflows_in_fp16_is_left_out_and_spoils_no_number(
+    store: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, range(1, 3))
+    settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), "train.precision=fp16"])
+    values = train_run(store, start(store, "overflow", settings), settings)
+    assert all(math.isfinite(value) for epoch in values for value in epoch.values())
+    assert values[0]["train/gradient_norm"] > 0 and values[-1]["train/total"] < values[0]["train/total"]
+
+
+@pytest.mark.parametrize(("precision", "step"), [("fp16", 51), ("fp32", 1)])
+def test_a_gradient_that_never_comes_back_stops_the_run(
+    store: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, precision: str, step: int
+) -> None:
+    spoil(monkeypatch, range(1, 10_000))
+    changed = [f"train.precision={precision}", "train.batch_size=2"]
+    settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), *changed])
+    with pytest.raises(DivergedError, match=rf"not finite any more at step {step} .*gradient norm (inf|nan)"):
+        train_run(store, start(store, f"never-{precision}", settings), settings)
+
+
+def test_a_checkpoint_that_another_version_wrote_is_said_to_be_one(store: Path, tiny_recipe: Recipe) -> None:
+    training = start(store, "other-version", tiny_recipe)
+    with pytest.raises(StoppedError):
+        train_run(store, training, tiny_recipe, stop_after=1)
+    folder = training.best_checkpoint()
+    weights = checkpoint.weights(folder)
+    weights["retriever.old_name"] = weights.pop("retriever.image_sets.slots")
+    other = folder.with_name("other")
+    checkpoint.save(other, weights, checkpoint.metadata(folder), {})
+    with pytest.raises(DataError, match="another version of setwise wrote it"):
+        trained_model.load(other)

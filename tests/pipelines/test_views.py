@@ -69,3 +69,10 @@ def test_evaluation_takes_the_middle_leaves_a_border_or_takes_all() -> None:
     squashed = views.evaluation_view(image, DataConfig(image_size=64, eval_view="squash"))
     assert corners(squashed)[0] == pytest.approx((0, 0), abs=4)
     assert corners(squashed)[1] == pytest.approx((255, 255), abs=4)
+
+
+def test_an_image_that_has_the_size_already_is_cut_like_any_other() -> None:
+    bordered = DataConfig(image_size=224, eval_shorter_side=256)
+    for side in (224, 225, 448):
+        (left, top), (right, bottom) = corners(views.evaluation_view(gradient(side, side), bordered))
+        assert (left, top) == pytest.approx((16, 16), abs=2) and (right, bottom) == pytest.approx((239, 239), abs=2)

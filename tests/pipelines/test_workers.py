@@ -23,8 +23,8 @@ from setwise.pipelines import train
 from setwise.pipelines.trained_model import Retrieval
 from setwise.pipelines.workers import Worker
 
-# In float32 what is left is the rounding of sums in another order: 5e-7 in most cases here, 1.2e-6 in the worst.
-DTYPES = {"float64": (torch.float64, 1e-11), "float32": (torch.float32, 2e-6)}
+# In float32 what is left is the rounding of sums in another order: 5e-7 in most cases here, 4e-6 with a backbone.
+DTYPES = {"float64": (torch.float64, 1e-11), "float32": (torch.float32, 5e-6)}
 each_case = pytest.mark.parametrize("case", one_step.CASES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -77,8 +77,8 @@ def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) ->
 def test_workers_compute_what_one_does(steps: Path, case: str, dtype: str) -> None:
     kind, tolerance = DTYPES[dtype]
     expected = one_step.step(case, Worker(), kind)
-    files = sorted(steps.glob(f"{case}-{kind}-*.safetensors"))
-    assert len(files) in (2, 4)
+    files = sorted(steps.glob(f"{case}-{kind}-*.safetensors"))  # of whole shares, and of shares in pieces of two
+    assert len(files) in (4, 8)
     for file in files:
         assert largest_difference(load_file(file), expected) < tolerance
 
@@ -141,7 +141,7 @@ def test_a_step_reads_nothing_back_from_the_device(
     with NothingIsReadBack():
         parts = train.global_loss(retrieval.retriever, retrieval, share, settings, 0.0, Worker())
         norm = train.update(parts.total, retrieval, adamw, scaler, 1.0)
-        failure = train._first_failure(torch.full((7,), -1.0), 3, parts, norm, overflow_is_handled=False)
+        failure = train._first_failure(torch.full((7,), -1.0), 3, parts, norm, torch.tensor(False))
     assert failure.tolist() == [-1.0] * 7
 
 
