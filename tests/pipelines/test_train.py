@@ -262,6 +262,9 @@ def test_a_backbone_stands_still_until_its_epoch(store: Path, tiny_recipe: Recip
     head = "retriever.image_encoder.head.fc.weight"
     assert torch.equal(first[backbone], untrained[backbone]) and not torch.equal(second[backbone], first[backbone])
     assert not torch.equal(first[head], untrained[head])
+    statistics = "retriever.image_encoder.backbone.bn1.running_mean"
+    assert torch.equal(first[statistics], untrained[statistics])
+    assert not torch.equal(second[statistics], first[statistics])
 
 
 def test_bert_trains_from_a_folder_and_its_checkpoint_needs_the_folder_no_more(store: Path, tmp_path: Path) -> None:
