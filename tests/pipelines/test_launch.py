@@ -171,8 +171,7 @@ def test_a_path_in_a_recipe_is_relative_to_where_the_user_is(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vectors.txt").write_text("red 1 2 3 4 5 6 7 8\n")
-    with cluster.connect():
-        ray.shutdown()  # a cluster that was started here, in this folder
+    ray.shutdown()  # so that the next one is started from this folder
     changed = ("train.epochs=1", "model.text_encoder.word_vectors=vectors.txt")
     with cluster.connect(cpus=2):
         settings, training = start(store, "relative", 1, *changed)
