@@ -163,7 +163,7 @@ class _Comparison:
             return i2t, t2i
         block = block_size(len(owners_T), 1, owners_T.device)
         i2t, t2i, slope_IT = losses.averaged_with_slopes(scores_IT, owners_T, margin, negatives, block)
-        for dot_NM, (i, t, part_IT) in zip(kept, self._tiles(slope_IT), strict=False):  # nothing, if none were kept
+        for dot_NM, (i, t, part_IT) in zip(kept, self._tiles(slope_IT) if keep else (), strict=True):
             weight_IKTJ = self._through_similarity(self._by_set(dot_NM), part_IT)
             self._visit(images, i, texts, t, dot_NM, weight_IKTJ.reshape_as(dot_NM))
         return i2t, t2i

@@ -236,7 +236,7 @@ def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
         raise ValueError(f"weights are missing: {', '.join(missing)} (by our names)")
     if all(tensor.dtype == torch.float64 for tensor in named.values() if tensor.is_floating_point()):
         model.double()
-    model.load_state_dict(named, strict=False)
+    model.load_state_dict(own | named)  # what was not given, and may be missing, stays as it is
     for name, buffer in model.named_buffers():
         if name.endswith(".noise"):  # which theirs has not: sampled slots are drawn anew in each of its evaluations
             buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(0)))

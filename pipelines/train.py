@@ -241,12 +241,12 @@ def _first_failure(failure: Tensor, step: int, parts: LossParts, norm: Tensor, m
 
 def _stop_at(failure: Tensor, steps_per_epoch: int) -> None:
     """Raises DivergedError if a failure is recorded."""
-    step, *values = failure.tolist()
+    step, *parts, norm = failure.tolist()
     if step < 0:
         return
-    told = ", ".join(f"{name} {value:g}" for name, value in zip(LossParts._fields, values, strict=False))
+    told = ", ".join(f"{name} {value:g}" for name, value in zip(LossParts._fields, parts, strict=True))
     raise DivergedError(
         "the loss or its gradient is not finite any more at step "
-        f"{step:.0f} (epoch {step // steps_per_epoch + 1:.0f}): {told}, gradient norm {values[-1]:g}. "
+        f"{step:.0f} (epoch {step // steps_per_epoch + 1:.0f}): {told}, gradient norm {norm:g}. "
         "The checkpoints before it are kept. Try a lower optimizer.lr or optimizer.clip_norm."
     )
