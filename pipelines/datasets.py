@@ -9,27 +9,36 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
 
 from setwise.platform import config
+from setwise.platform.config import Settings
 from setwise.platform.errors import DataError
 
 SPLITS = ("train", "val", "test")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Caption:
     caption_id: int
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
-    """One image and the captions that were written for it."""
+    """One image and the captions that were written for it.
+
+    `path` is the image file; or, where `place` is given, the `.npy` file of region features, of which `place` is the
+    row that belongs to the image.
+    """
 
     image_id: int
     split: str
     path: Path
     captions: tuple[Caption, ...]
+    place: int | None = None
 
 
 def read_karpathy(file: Path, images: Path) -> list[Row]:
@@ -79,17 +88,33 @@ def read_karpathy(file: Path, images: Path) -> list[Row]:
     return rows
 
 
+class SourceConfig(Settings):
+    """Where the files of a data set are, as its publishers ship them."""
+
+    folder: str | None = Field(None, description="folder of the data set; the files in it are found by their names")
+    annotations: str | None = Field(None, description="the file of captions, where it is not found in the folder")
+    images: str | None = Field(None, description="the folder that image names are relative to, where not found either")
+    captions_per_image: int | None = Field(
+        None, ge=1, description="of images with more captions, only the first so many; none: 5 of COCO, all of others"
+    )
+
+
 @dataclass(frozen=True)
 class Source:
-    """A data set on disk: its rows, and the files from which its identity is computed."""
+    """A data set on disk, read.
+
+    `rows` in the order of the data set; `files` decide what they are, and by their content the data set is known again.
+    `quarantine` lists what could not be made a row of: {"image_id", "caption_id", "path", "reason"}. `notes` say in one
+    sentence each what was noticed and handled, such as images with more than five captions.
+    """
 
     name: str
-    annotations: Path
-    images: Path
+    kind: Literal["images", "regions"]
+    rows: list[Row]
+    files: tuple[Path, ...]
+    quarantine: list[dict[str, Any]]
+    notes: list[str]
     extended_positives: Path | None
-
-    def rows(self) -> list[Row]:
-        return read_karpathy(self.annotations, self.images)
 
 
 @dataclass(frozen=True)
@@ -130,8 +155,10 @@ def check_known(name: str) -> None:
         raise config.no_such("data set", name, known())
 
 
-def open_source(name: str, folder: Path) -> Source:
-    """The files of data set `name` in `folder`."""
-    check_known(name)
-    extended = folder / "extended_positives"
-    return Source(name, folder / f"dataset_{name}.json", folder / "images", extended if extended.is_dir() else None)
+def open_source(name: str, config: SourceConfig) -> Source:
+    """The files of data set `name`, read."""
+    assert config.folder is not None
+    folder = Path(config.folder)
+    annotations, extended = folder / f"dataset_{name}.json", folder / "extended_positives"
+    rows = read_karpathy(annotations, folder / "images")
+    return Source(name, "images", rows, (annotations,), [], [], extended if extended.is_dir() else None)

@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import Field
 
 from setwise.pipelines import datasets, shards, vocabulary
-from setwise.pipelines.datasets import Row, Source
+from setwise.pipelines.datasets import Row, Source, SourceConfig
 from setwise.pipelines.digits import DigitsConfig, generate
 from setwise.pipelines.shards import Shard
 from setwise.platform import storage
@@ -111,7 +111,8 @@ def prepare_digits(store: Path, settings: DigitsPreparation, say: Say) -> Prepar
             with storage.publish_folder(source) as building:
                 generate(building, digits)
                 storage.write_json(building / "generated.json", wanted)
-        return prepare(datasets.open_source("digits", source), base / "prepared", settings.prepare, say)
+        read = datasets.open_source("digits", SourceConfig(folder=str(source)))
+        return prepare(read, base / "prepared", settings.prepare, say)
 
 
 def prepare(source: Source, target: Path, settings: PrepareConfig, say: Say) -> Prepared:
@@ -120,10 +121,10 @@ def prepare(source: Source, target: Path, settings: PrepareConfig, say: Say) -> 
     Raises:
         DataError: the annotations are wrong, or more than `max_bad_share` of the images are.
     """
-    rows = source.rows()
+    rows = source.rows
     identity = {
         "schema": SCHEMA,
-        "annotations": storage.sha256(source.annotations),
+        "files": [storage.sha256(file) for file in source.files],
         "settings": settings.model_dump(mode="json"),
         "sizes": storage.fingerprint([_size(row.path) for row in rows]),
     }
