@@ -6,20 +6,29 @@ setwise.platform.errors. Nothing heavy is imported before a verb needs it, so th
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from setwise.pipelines import data_verbs
+from setwise.pipelines.terminal import (
+    JsonOption,
+    OnOption,
+    Overrides,
+    Ref,
+    StoreOption,
+    emit,
+    open_store,
+    open_tracker,
+    progress,
+    results,
+    say,
+)
 from setwise.platform.errors import INTERRUPTED, ConfigError, SetwiseError, TrialsFailedError
-
-if TYPE_CHECKING:
-    from setwise.platform.tracking import Tracker
 
 app = typer.Typer(
     name="setwise",
@@ -28,46 +37,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Data sets: list and prepare them.", no_args_is_help=True)
 config_app = typer.Typer(help="Recipes and studies: show, check and explain them.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
+app.add_typer(data_verbs.app, name="data")
 app.add_typer(config_app, name="config")
-
-PIPED_WIDTH = 200  # characters, where a table goes to a file or another program
-progress = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-results = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
-
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=v]...", help="settings that differ")]
-StoreOption = Annotated[
-    Path | None, typer.Option("--store", help="folder of data, runs and studies [default: $SETWISE_STORE or .setwise]")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on stdout instead of a table")]
-OnOption = Annotated[str | None, typer.Option("--on", metavar="PRESET", help="hardware, such as rtx3090x1 or h200x1")]
-Ref = Annotated[
-    str, typer.Argument(metavar="REF", help="run name, 'last', best:STUDY, models:/NAME@ALIAS, or a checkpoint folder")
-]
-
-
-def say(message: str) -> None:
-    """A line of progress."""
-    progress.print(message, markup=False)
-
-
-def emit(value: dict[str, Any]) -> None:
-    """One JSON object as the result."""
-    print(json.dumps(value, indent=1))  # noqa: T201
-
-
-def open_store(path: Path | None) -> Path:
-    from setwise.platform import storage
-
-    return storage.root(path)
-
-
-def open_tracker(store: Path) -> Tracker:
-    from setwise.platform.tracking import Tracker
-
-    return Tracker(store)
 
 
 @app.command()
@@ -94,48 +66,6 @@ def doctor(as_json: JsonOption = False, store: StoreOption = None) -> None:
         results.print(checks.table(found))
     if any(not check.ok for check in found):
         raise typer.Exit(1)
-
-
-@data_app.command("ls")
-def data_list(store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Data sets that can be prepared, and whether they are."""
-    from setwise.pipelines import datasets, prepare
-    from setwise.platform.errors import DataError
-
-    folder = open_store(store)
-    found = {}
-    for name in datasets.known():
-        try:
-            found[name] = prepare.open_prepared(name, folder).describe()
-        except DataError:
-            found[name] = "not prepared"
-    if as_json:
-        emit(found)
-    else:
-        for name, state in found.items():
-            results.print(f"{name:<12} {state}")
-
-
-@data_app.command("prepare")
-def data_prepare(
-    name: Annotated[str, typer.Argument(help="data set; see: setwise data ls")],
-    overrides: Overrides = None,
-    store: StoreOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Read, check, resize and store a data set as Parquet shards. What is there already is reused."""
-    from setwise.pipelines import datasets, prepare
-    from setwise.platform import cluster, config
-
-    datasets.check_known(name)
-    settings = config.build(prepare.DigitsPreparation, config.Layer(), overrides or [])
-    folder = open_store(store)
-    with cluster.connect():
-        prepared = prepare.prepare_digits(folder, settings, say)
-    if as_json:
-        emit({"folder": str(prepared.folder), **prepared.manifest})
-    else:
-        results.print(f"{name}: {prepared.describe()}\n{prepared.folder}", soft_wrap=True)
 
 
 @config_app.command("show")
@@ -272,20 +202,41 @@ def sweep(
 
 
 @app.command("eval")
-def evaluate(reference: Ref, store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Measure a checkpoint on every benchmark of its data set."""
+def evaluate(
+    references: Annotated[
+        list[str], typer.Argument(metavar="REF...", help="a checkpoint, as everywhere; several are one ensemble")
+    ],
+    bench: Annotated[
+        str, typer.Option("--bench", metavar="NAME,...", help="benchmarks of the data set, or 'all'")
+    ] = "all",
+    ties: Annotated[
+        str, typer.Option(help="'pessimistic': equal scores count against the model; 'official': as the authors sort")
+    ] = "pessimistic",
+    cxc: Annotated[
+        Path | None, typer.Option(help="folder with CxC's sts_test.csv, sis_test.csv, sits_test.csv, or .csv.gz")
+    ] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a checkpoint, or the averaged scores of several, on the benchmarks of its data set."""
     from setwise.pipelines import evaluate as evaluation
-    from setwise.pipelines import references, tables
+    from setwise.pipelines import references as refs
+    from setwise.pipelines import tables
 
+    if ties not in ("pessimistic", "official"):
+        raise ConfigError(f"--ties is '{ties}'; it can be pessimistic or official")
     folder = open_store(store)
     tracker = open_tracker(folder)
-    resolved = references.resolve(reference, folder, tracker)
-    say(f"evaluating {resolved.label} on the test split")
-    outcomes = evaluation.evaluate(resolved, folder)
-    if resolved.run is not None:
-        tracker.deliver(resolved.run)
+    resolved = [refs.resolve(text, folder, tracker) for text in references]
+    label = " + ".join(one.label for one in resolved)
+    say(f"evaluating {label} on the test split")
+    names = None if bench == "all" else [name.strip() for name in bench.split(",")]
+    outcomes = evaluation.evaluate(resolved, folder, names=names, ties=ties, cxc=cxc, say=say)
+    for one in resolved:
+        if one.run is not None:
+            tracker.deliver(one.run)
     if as_json:
-        emit({"reference": resolved.label, "benchmarks": [outcome.to_json() for outcome in outcomes]})
+        emit({"reference": label, "benchmarks": [outcome.to_json() for outcome in outcomes]})
     else:
         for outcome in outcomes:
             results.print(tables.outcome(outcome))
