@@ -21,7 +21,7 @@ from setwise.platform.errors import ConfigError
 FOLDER = Path(__file__).parent / "presets"
 LAYER = "settings"
 """The section of a preset that is laid over a recipe."""
-HOW = ("workers", "micro_batch", "precision", "compile", "threads", "eval_batch_size")
+HOW = ("workers", "micro_batch", "precision", "compile", "threads", "loader_threads", "eval_batch_size")
 """Settings of `train` that say how something is computed; all others would change what."""
 
 

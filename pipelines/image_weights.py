@@ -31,12 +31,13 @@ MAX_BYTES = 4 << 30
 """More than any of the networks has; whoever sends more sends something else."""
 TIMEOUT_S = 60.0
 WAIT_S = 3600.0
-SETTING = "model.image_encoder.weights"
+SECTION = "model.image_encoder"
+"""Where a recipe names its backbone and weights: what a message says unless it is told another place."""
 CHECKSUM = re.compile(r"-([0-9a-f]{8,64})\.\w+$")
 """In a file's name, as torch.hub has it: the beginning of the content's SHA-256."""
 
 
-def load(backbone: nn.Module, weights: str, architecture: str, cache: Path) -> None:
+def load(backbone: nn.Module, weights: str, architecture: str, cache: Path, section: str = SECTION) -> None:
     """Put `weights` into `backbone`, all of them or none.
 
     Args:
@@ -46,13 +47,14 @@ def load(backbone: nn.Module, weights: str, architecture: str, cache: Path) -> N
             `module.` before each name), or an https address of one.
         architecture: torchvision's name of the network.
         cache: folder for files fetched from an address.
+        section: of the settings that name architecture and weights, for messages.
 
     Raises:
         ConfigError: an address that is not https.
         DataError: no such file or name; a damaged file; one that holds more than tensors; weights of another network.
         UnreachableError: the address does not answer; the message says where a file brought by hand would be found.
     """
-    path = locate(weights, architecture, cache)
+    path = locate(weights, architecture, cache, section)
     given = _tensors(path)
     own = backbone.state_dict()
     # Files from before torch 0.4.1 have no such counters, which count for nothing.
@@ -70,7 +72,7 @@ def load(backbone: nn.Module, weights: str, architecture: str, cache: Path) -> N
         named = "; ".join(f"{kind}: {_first_of(names)}" for kind, names in faults.items() if names)
         raise DataError(
             f"{path}: these are not the weights of {architecture}. Nothing was loaded. {named}. "
-            f"Set {SETTING} to weights of that network, or model.image_encoder.architecture to theirs."
+            f"Set {section}.weights to weights of that network, or {section}.architecture to theirs."
         )
     backbone.load_state_dict(given)
 
@@ -80,19 +82,19 @@ def _first_of(names: list[str], num: int = 3) -> str:
     return ", ".join(names[:num]) + more
 
 
-def locate(weights: str, architecture: str, cache: Path) -> Path:
+def locate(weights: str, architecture: str, cache: Path, section: str = SECTION) -> Path:
     """The file that `weights` stand for, fetched if it has to be; arguments and errors as of `load`."""
     if "://" in weights:
-        return _fetched(weights, cache)
+        return _fetched(weights, cache, section)
     published = _published(architecture)
     if weights in published:
         import torch
 
-        return _fetched(published[weights], Path(torch.hub.get_dir()) / "checkpoints")
+        return _fetched(published[weights], Path(torch.hub.get_dir()) / "checkpoints", section)
     path = Path(weights).expanduser()
     if not path.is_file():
         raise DataError(
-            f"{SETTING}: '{weights}' is neither a file nor a name of torchvision's weights for {architecture} "
+            f"{section}.weights: '{weights}' is neither a file nor a name of torchvision's weights for {architecture} "
             f"({', '.join(published)}), nor an https address"
         )
     return path
@@ -131,12 +133,12 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in weights.items() if not name.startswith("fc.")}
 
 
-def _fetched(url: str, folder: Path) -> Path:
+def _fetched(url: str, folder: Path, section: str) -> Path:
     """The file at `url`, from `folder` if it is there and has the checksum that its name says."""
     parts = urlsplit(url)
     name = PurePosixPath(parts.path).name
     if parts.scheme != "https" or not re.fullmatch(r"\w[\w.+-]*", name):
-        raise ConfigError(f"{SETTING}: '{url}' must be https://... and end in the name of a file")
+        raise ConfigError(f"{section}.weights: '{url}' must be https://... and end in the name of a file")
     match = CHECKSUM.search(name)
     checksum = match[1] if match else ""
     # Without a checksum, equal names may stand for different files.
@@ -144,7 +146,7 @@ def _fetched(url: str, folder: Path) -> Path:
     if not _is_whole(path, checksum):
         with storage.lease(folder / f".{path.name}.lock", f"the download of {url}", WAIT_S):
             if not _is_whole(path, checksum):  # nobody else fetched it meanwhile
-                _download(url, path, checksum)
+                _download(url, path, checksum, section)
     return path
 
 
@@ -152,12 +154,12 @@ def _is_whole(path: Path, checksum: str) -> bool:
     return path.is_file() and (not checksum or storage.sha256(path).startswith(checksum))
 
 
-def _download(url: str, path: Path, checksum: str) -> None:
+def _download(url: str, path: Path, checksum: str, section: str) -> None:
     digest = hashlib.sha256()
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as stream:
-            for block in _received(url, path):
+            for block in _received(url, path, section):
                 digest.update(block)
                 stream.write(block)
             stream.flush()
@@ -174,7 +176,7 @@ def _download(url: str, path: Path, checksum: str) -> None:
     storage.sync_folder(path.parent)
 
 
-def _received(url: str, path: Path) -> Iterator[bytes]:
+def _received(url: str, path: Path, section: str) -> Iterator[bytes]:
     """The content at `url`, block by block."""
     size, announced = 0, ""
     try:
@@ -190,7 +192,7 @@ def _received(url: str, path: Path) -> Iterator[bytes]:
     except (OSError, HTTPException) as error:
         raise UnreachableError(
             f"{url} could not be fetched: {error}. Bring the file here by hand as {path}, or anywhere else and set "
-            f"{SETTING} to its path."
+            f"{section}.weights to its path."
         ) from error
 
 

@@ -82,6 +82,9 @@ class TrainConfig(Settings):
     )
     compile: bool = Field(False, description="compile the set prediction with torch.compile; the first step takes long")
     threads: int = Field(1, ge=1, description="CPU threads of a worker")
+    loader_threads: int = Field(
+        0, ge=0, le=256, description="threads of a worker that make the next batches ahead; 0: the loop makes its own"
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="decides initial weights, order and all that is random")
     keep_checkpoints: int = Field(2, ge=2, description="newest checkpoints kept beside the best one")
 
