@@ -1,23 +1,31 @@
-"""Reading image-caption data sets from their published files into rows.
+"""Data sets as their publishers ship them: what their readers return, which names are known, and how files are found.
 
-A row is one image with its captions. The readers check what they are given and name the file and entry of every
-mistake; they decode no image.
+A row is one image with its captions. The readers (karpathy.py, coco_captions.py, region_files.py, caption_tables.py)
+check what they are given and name the file and entry of every mistake; they decode no image and read no feature.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pydantic import Field
 
 from setwise.platform import config
 from setwise.platform.config import Settings
-from setwise.platform.errors import DataError
+from setwise.platform.errors import ConfigError, DataError
 
 SPLITS = ("train", "val", "test")
+COCO_CAPTIONS = 5
+"""Captions of a COCO image that everybody uses, the first ones, where people wrote six or seven."""
+LISTED = 10
+"""So many of the same mistake are named in a message."""
+FIRST_NUMBER = 10**9
+"""Where files have no ids, images and captions are numbered from here on, so that none has an id of COCO's."""
+SEEN_NAMES = 100
+"""Names of images that a folder is recognised by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,53 +49,6 @@ class Row:
     place: int | None = None
 
 
-def read_karpathy(file: Path, images: Path) -> list[Row]:
-    """Rows of a Karpathy-split JSON file: `dataset_coco.json` and its kin.
-
-    Args:
-        file: {"dataset", "images": [{"filename", "filepath"?, "split", "imgid", "cocoid"?, "sentences": [...]}]}.
-            The split `restval` is read as `train`, as everybody does. Ids are COCO's where the file has them.
-        images: folder that `filepath/filename` is relative to.
-
-    Raises:
-        DataError: the file is missing, is not of this form, or repeats an id.
-    """
-    try:
-        entries = list(json.loads(file.read_bytes())["images"])
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}). Is the data set in this folder?") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: not a Karpathy-split file: expected an object with a list 'images'") from error
-    rows: list[Row] = []
-    seen_images: dict[int, int] = {}
-    seen_captions: dict[int, int] = {}
-    for index, entry in enumerate(entries):
-        try:
-            split = "train" if entry["split"] == "restval" else str(entry["split"])
-            image_id = int(entry.get("cocoid", entry["imgid"]))
-            path = images / entry.get("filepath", "") / entry["filename"]
-            captions = tuple(Caption(int(s["sentid"]), s["raw"]) for s in entry["sentences"])
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise DataError(f"{file}: images[{index}] is not complete: {error!r}") from error
-        if "\x00" in str(path) or max([image_id, *(caption.caption_id for caption in captions)]) >= 2**63:
-            raise DataError(f"{file}: images[{index}] holds a NUL in its name, or an id of more than 64 bits")
-        if split not in SPLITS:
-            raise DataError(f"{file}: images[{index}] has split '{split}'; known are {', '.join(SPLITS)} and restval")
-        if not path.resolve().is_relative_to(images.resolve()):
-            raise DataError(f"{file}: images[{index}] names '{path}', which is outside {images}")
-        if (first := seen_images.setdefault(image_id, index)) != index:
-            raise DataError(f"{file}: images[{first}] and images[{index}] have the same id {image_id}")
-        for caption in captions:
-            if caption.caption_id in seen_captions:
-                first = seen_captions[caption.caption_id]
-                raise DataError(f"{file}: caption id {caption.caption_id} is in images[{first}] and in images[{index}]")
-            seen_captions[caption.caption_id] = index
-        rows.append(Row(image_id, split, path, captions))
-    if not rows:
-        raise DataError(f"{file}: lists no image")
-    return rows
-
-
 class SourceConfig(Settings):
     """Where the files of a data set are, as its publishers ship them."""
 
@@ -103,9 +64,10 @@ class SourceConfig(Settings):
 class Source:
     """A data set on disk, read.
 
-    `rows` in the order of the data set; `files` decide what they are, and by their content the data set is known again.
-    `quarantine` lists what could not be made a row of: {"image_id", "caption_id", "path", "reason"}. `notes` say in one
-    sentence each what was noticed and handled, such as images with more than five captions.
+    `rows` in the order of the data set; `files` decide what they are, and by their content the data set is known again
+    (features, too large for that, are not among them). `quarantine` lists what could not be made a row of:
+    {"image_id", "caption_id", "path", "reason"}; the path of a line that is no caption is FILE:LINE, and it has no ids.
+    `notes` say in one sentence each what was noticed and handled, such as images with more than five captions.
     """
 
     name: str
@@ -145,8 +107,8 @@ published vocabularies; `digits` is as `setwise data prepare digits` makes it.""
 
 
 def known() -> tuple[str, ...]:
-    """Data sets that can be prepared by name."""
-    return ("digits",)
+    """Data sets that have a name of their own; every other name is free for files of one's own."""
+    return tuple(PUBLISHED)
 
 
 def check_known(name: str) -> None:
@@ -155,10 +117,208 @@ def check_known(name: str) -> None:
         raise config.no_such("data set", name, known())
 
 
+def is_coco(name: str) -> bool:
+    return name == "coco" or name.startswith("coco_")
+
+
+def is_flickr30k(name: str) -> bool:
+    return name == "f30k" or name.startswith("f30k_")
+
+
 def open_source(name: str, config: SourceConfig) -> Source:
-    """The files of data set `name`, read."""
-    assert config.folder is not None
-    folder = Path(config.folder)
-    annotations, extended = folder / f"dataset_{name}.json", folder / "extended_positives"
-    rows = read_karpathy(annotations, folder / "images")
-    return Source(name, "images", rows, (annotations,), [], [], extended if extended.is_dir() else None)
+    """The files of data set `name`, read; the form they have is found by what is in the folder.
+
+    Raises:
+        ConfigError: no folder is given.
+        DataError: the folder holds no data set, or a file of it is wrong.
+    """
+    if config.folder is None:
+        raise ConfigError(f"where are the files of '{name}'? Say so: source.folder=FOLDER")
+    folder = Path(config.folder).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder. Where are the files of '{name}'?")
+    source = _read(name, folder, config)
+    check_ids(source.rows, f"{source.files[0]}")
+    limit = config.captions_per_image or (COCO_CAPTIONS if is_coco(name) else None)
+    rows, counted = first_captions(source.rows, limit)
+    extended = folder / "extended_positives"
+    return replace(
+        source,
+        rows=rows,
+        notes=[*source.notes, *counted],
+        extended_positives=extended if extended.is_dir() else None,
+    )
+
+
+def _read(name: str, folder: Path, config: SourceConfig) -> Source:
+    """By the reader that belongs to the files of the folder."""
+    from setwise.pipelines import caption_tables, coco_captions, karpathy, region_files
+
+    given = Path(config.annotations).expanduser() if config.annotations is not None else None
+    features = region_files.find(folder)
+    if features is not None and name.endswith("_butd"):
+        return region_files.read(name, features, given)
+    if given is None:
+        annotations = karpathy.find(name, folder) or coco_captions.find(folder) or caption_tables.find(folder)
+        only_features = annotations is None
+    else:  # it has the ids of features beside it, unless the name is that of a data set of images
+        annotations = given
+        only_features = features == folder and name not in PUBLISHED
+    if features is not None and only_features:
+        return region_files.read(name, features, given)
+    if annotations is None:
+        raise DataError(
+            f"{folder}: holds no data set that can be read. Looked for {', '.join(karpathy.names(name))} and "
+            f"{' + '.join(coco_captions.FILES)} (in the folder and in annotations/), "
+            f"{', '.join(caption_tables.FILES)}, and {', '.join(region_files.FILES)} (in the folder and in precomp/). "
+            "A file of captions that lies elsewhere is named by source.annotations=FILE."
+        )
+    if annotations.name in coco_captions.FILES:
+        source = coco_captions.read(name, annotations.parent, folder, config.images)
+    elif annotations.suffix in caption_tables.SUFFIXES:
+        source = caption_tables.read(name, annotations, folder, config.images)
+    else:
+        source = karpathy.read(name, annotations, folder, config.images)
+    if features is not None:
+        source.notes.append(
+            f"{features} holds region features too; they are prepared as {name}_butd, or with --from {features}"
+        )
+    return source
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError if `name` can be no file inside a folder; the message continues "it names ..."."""
+    pure = PurePosixPath(name)
+    if "\x00" in name or any("\ud800" <= character <= "\udfff" for character in name) or not pure.name:
+        raise ValueError(f"{name!r}, which no file can be called")
+    if pure.is_absolute() or ".." in pure.parts:
+        raise ValueError(f"'{name}', which is outside of the folder of images")
+
+
+class ImageFolder:
+    """A folder of images, out of which no name may lead."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._real = folder.resolve()
+        self._folders: dict[str, Path] = {}  # inside `folder`, and found to stay there
+
+    def path(self, name: str) -> Path:
+        """The file called `name`, relative to the folder, whether it is there or not.
+
+        Raises:
+            ValueError: the name leads outside or can name no file; the message continues "it names ...".
+        """
+        check_name(name)
+        pure = PurePosixPath(name)
+        parent = str(pure.parent)
+        if parent not in self._folders:
+            self._check_inside(self.folder / parent)
+            self._folders[parent] = self.folder / parent
+        path = self._folders[parent] / pure.name
+        try:
+            is_link = path.is_symlink()
+        except OSError:  # such as a name that is too long: whoever reads the file will say so
+            is_link = False
+        if is_link:
+            self._check_inside(path)
+        return path
+
+    def _check_inside(self, path: Path) -> None:
+        try:
+            real = path.resolve()
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"'{path}', which leads nowhere ({error})") from error
+        if not real.is_relative_to(self._real):
+            raise ValueError(
+                f"'{path}', which leads outside of {self.folder}, to {real}. If that is meant, name the folder that it "
+                "leads to: source.images=FOLDER"
+            )
+
+
+def find_images(folder: Path, given: str | None, places: Sequence[str], names: Sequence[str]) -> Path:
+    """The folder that `names` are relative to: `given`, or the first of `places` in `folder` that has one of them.
+
+    Raises:
+        DataError: there is none.
+    """
+    if given is not None:
+        if not Path(given).expanduser().is_dir():
+            raise DataError(f"{given}: no such folder (source.images)")
+        return Path(given).expanduser()
+    some = names[:: max(1, len(names) // SEEN_NAMES)]
+    candidates = [folder / place for place in places]
+    for candidate in candidates:
+        if any(_is_there(candidate, name) for name in some):
+            return candidate
+    raise DataError(
+        f"{folder}: none of {len(some)} image files was found, the first of them '{names[0]}'. Looked in "
+        f"{', '.join(str(candidate) for candidate in candidates)}. Name the folder: source.images=FOLDER"
+    )
+
+
+def _is_there(folder: Path, name: str) -> bool:
+    try:
+        return (folder / name).exists()
+    except OSError:  # a name that is too long
+        return False
+
+
+def as_id(value: Any) -> int:
+    """An id as shards hold it. Raises TypeError or ValueError if `value` is no integer of 64 bits."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is no id, which is an integer")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError("an id has more than 64 bits")
+    return value
+
+
+def listed(values: Iterable[Any], separator: str = ", ") -> str:
+    """The first ten of `values`, and how many there are besides."""
+    texts = [str(value) for value in values]
+    more = f"{separator}and {len(texts) - LISTED:,} more" if len(texts) > LISTED else ""
+    return separator.join(texts[:LISTED]) + more
+
+
+def check_ids(rows: list[Row], where: str) -> None:
+    """Raises DataError if there is no row, or if two images or two captions of `rows` have the same id."""
+    if not rows:
+        raise DataError(f"{where}: lists no image that can be used")
+    images: dict[int, Row] = {}
+    same_image = []
+    for row in rows:
+        if (first := images.setdefault(row.image_id, row)) is not row:
+            both = [f"'{one.path.name if one.place is None else one.place}' of {one.split}" for one in (first, row)]
+            same_image.append(f"{' and '.join(both)} have the same id {row.image_id}")
+    if same_image:
+        raise DataError(f"{where}: {listed(same_image, '; ')}")
+    owners: dict[int, Row] = {}
+    same_caption = []
+    for row in rows:
+        for caption in row.captions:
+            if (other := owners.get(caption.caption_id)) is not None:
+                same_caption.append(
+                    f"caption id {caption.caption_id} is in images {other.image_id} ({other.split}) and "
+                    f"{row.image_id} ({row.split})"
+                )
+            owners[caption.caption_id] = row
+    if same_caption:
+        raise DataError(f"{where}: {listed(same_caption, '; ')}")
+
+
+def first_captions(rows: list[Row], limit: int | None) -> tuple[list[Row], list[str]]:
+    """`rows` with the first `limit` captions of each, and what there is to say about their numbers."""
+    numbers = [len(row.captions) for row in rows]
+    fewest, most = min(numbers), max(numbers)
+    notes = []
+    if limit is None:
+        if fewest < most:
+            notes.append(f"images have from {fewest} to {most} captions; all are used")
+        return rows, notes
+    more, fewer = sum(number > limit for number in numbers), sum(number < limit for number in numbers)
+    if more:
+        notes.append(f"{more:,} images have more than {limit} captions, up to {most}; the first {limit} are used")
+        rows = [replace(row, captions=row.captions[:limit]) if len(row.captions) > limit else row for row in rows]
+    if fewer:
+        notes.append(f"{fewer:,} images have fewer than {limit} captions, down to {fewest}")
+    return rows, notes

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from setwise.models.config import RegionsConfig
-from setwise.pipelines import batches, datasets, prepare, pretrained, records
+from setwise.pipelines import batches, prepare, pretrained, records
 from setwise.pipelines.recipe import Recipe
 from setwise.platform import cluster, config, run, storage
 from setwise.platform.errors import ConfigError, DataError, DivergedError, SetwiseError, UnreachableError
@@ -53,17 +52,15 @@ def plan(recipe_name: str, recipe: Recipe, name: str | None, store: Path) -> Pla
     """
     check_trainable(recipe)
     title = Path(recipe_name).stem
-    data = recipe.data.name
-    if data in datasets.PUBLISHED and data not in datasets.known() and not (store / "data" / data).exists():
-        raise DataError(
-            f"data set '{data}' is not prepared in {store}, and cannot be prepared by name yet "
-            f"({', '.join(datasets.known())} can). What its training would take: setwise train {recipe_name} --dry-run"
-        )
     prepared = prepare.open_prepared(recipe.data.name, store)
-    if isinstance(recipe.model.image_encoder, RegionsConfig):
-        raise DataError(f"'{recipe.data.name}' holds images, and an image encoder of kind 'butd' reads region features")
+    prepare.check_fits(prepared, recipe)
     pretrained.locate(recipe, store / "weights")
     digest = storage.fingerprint([recipe.model_dump(mode="json"), prepared.fingerprint])[:6]
+    missing = [split for split in ("train", "val") if split not in prepared.manifest["splits"]]
+    if missing:
+        raise DataError(
+            f"'{recipe.data.name}' has no split {' and no split '.join(missing)}, and a training reads both"
+        )
     images = prepared.manifest["splits"]["train"]["images"]
     steps = batches.batches_per_epoch(images, recipe.train.batch_size, recipe.train.drop_last)
     return Plan(run.check_name(name or f"{title}-{digest}"), recipe, store, title, steps)

@@ -1,52 +1,86 @@
-"""Preparation: a data set's files become Parquet shards of resized JPEG bytes with their captions.
+"""Preparation: a data set's files become Parquet shards of JPEGs, or of places of region features, with their captions.
 
-    STORE/data/NAME/source/              the files as published (for `digits`: as generated)
+    STORE/data/NAME/source/              the files, where setwise makes them itself (`digits`)
     STORE/data/NAME/prepared/
-      manifest.json                      counts, hashes and what was quarantined, with reasons
+      manifest.json                      source, counts, hashes and what was quarantined, with reasons
       vocabulary.json                    the words of the training captions
-      train-00000.parquet ...            image_id, image, caption_ids, captions
+      train-00000.parquet ...            shards, see shards.py
       extended_positives/*.json          where the data set has them
+    STORE/data/NAME/.prepared-IDENTITY/  the same while it is made
 
 Ray Data runs one task a shard: each reads, checks, decodes, resizes and writes its rows, so memory is bounded by the
-shards in flight, and no row passes through the driver. The result depends on nothing but the source and the settings.
+shards in flight, and no image passes through the driver. The result depends on nothing but the source and the settings.
+A preparation that was killed goes on with the shards that are not there yet.
 """
 
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from setwise.pipelines import datasets, shards, vocabulary
+from setwise.models.config import RegionsConfig
+from setwise.pipelines import datasets, feature_files, identity, shards, vocabulary
 from setwise.pipelines.datasets import Row, Source, SourceConfig
 from setwise.pipelines.digits import DigitsConfig, generate
 from setwise.pipelines.shards import Shard
-from setwise.platform import storage
+from setwise.platform import cluster, storage
 from setwise.platform.config import Settings
-from setwise.platform.errors import DataError
+from setwise.platform.errors import ConfigError, DataError
+from setwise.platform.run import NAME
 
-SCHEMA = 2
+if TYPE_CHECKING:
+    from setwise.pipelines.recipe import Recipe
+
+SCHEMA = 3
 Say = Callable[[str], None]
+Task = tuple[str, list[Row]]
+"""The file of a shard, and its rows."""
 
 
 class PrepareConfig(Settings):
     """How the shards are made."""
 
-    shorter_side: int = Field(64, ge=16, le=2048, description="images are reduced to this shorter side, in pixels")
-    jpeg_quality: int = Field(95, ge=50, le=100)
-    rows_per_shard: int = Field(500, ge=1)
+    shorter_side: int | None = Field(
+        512,
+        ge=16,
+        le=2048,
+        description="images are reduced to this shorter side, in pixels; none: kept as they are. 512 serves every "
+        "recipe; 256 is faster to read, for recipes that see 224 pixels",
+    )
+    jpeg_quality: int = Field(90, ge=50, le=100, description="of images that are changed")
+    halved_colour: bool = Field(
+        True, description="store colour in half the resolution where images are changed, as photographs have it"
+    )
+    rows_per_shard: int = Field(500, ge=1, description="images of a shard; as many are in memory at once")
     max_bad_share: float = Field(0.01, ge=0, le=1, description="share of the images that may be quarantined")
+
+
+class DigitsPrepareConfig(PrepareConfig):
+    """How the shards of `digits` are made, whose images have 64 x 64 pixels."""
+
+    shorter_side: int | None = Field(64, ge=16, le=2048, description="images are reduced to this shorter side")
+    jpeg_quality: int = Field(95, ge=50, le=100, description="of images that are changed")
+    halved_colour: bool = Field(False, description="store colour in half the resolution; thin strokes fade")
 
 
 class DigitsPreparation(Settings):
     """`setwise data prepare digits`: how the data set is composed, and how it is stored."""
 
     generate: DigitsConfig = DigitsConfig()
+    prepare: DigitsPrepareConfig = DigitsPrepareConfig()
+
+
+class PrepareSettings(Settings):
+    """`setwise data prepare NAME`: where the files of the data set are, and how it is stored."""
+
+    source: SourceConfig = SourceConfig()
     prepare: PrepareConfig = PrepareConfig()
 
 
@@ -60,6 +94,11 @@ class Prepared:
     @property
     def fingerprint(self) -> str:
         return str(self.manifest["fingerprint"])
+
+    @property
+    def kind(self) -> str:
+        """`images` or `regions`."""
+        return str(self.manifest["kind"])
 
     def describe(self) -> str:
         counts = ", ".join(
@@ -75,26 +114,72 @@ def open_prepared(name: str, store: Path) -> Prepared:
     """A data set that was prepared before.
 
     Raises:
-        DataError: it was not, or a shard is missing.
+        DataError: it was not, a shard is missing, or region features have changed since.
     """
     folder = store / "data" / name / "prepared"
     if not (folder / "manifest.json").is_file():
-        raise DataError(f"data set '{name}' is not prepared in {store}. Do it with: setwise data prepare {name}")
-    prepared = Prepared(folder, storage.read_json(folder / "manifest.json"))
-    if prepared.manifest["identity"]["schema"] != SCHEMA:
-        raise DataError(f"{folder}: another version of setwise made it. Make it again: setwise data prepare {name}")
-    if path := _damaged(folder, prepared.manifest):
-        raise DataError(f"{path} is missing or cut short. Make it again: setwise data prepare {name}")
-    return prepared
+        raise DataError(f"data set '{name}' is not prepared in {store}. Do it with: {command(name)}")
+    manifest = storage.read_json(folder / "manifest.json")
+    if manifest["identity"]["schema"] != SCHEMA:
+        raise DataError(f"{folder}: another version of setwise made it. Make it again: {command(name)}")
+    again = command(name, manifest["source"]["folder"])
+    if path := _damaged(folder, manifest):
+        raise DataError(f"{path} is missing or cut short. Make it again: {again}")
+    for described in manifest["features"].values():
+        if change := feature_files.change(described):
+            raise DataError(f"{change}. Prepare the data set again: {again}")
+    return Prepared(folder, manifest)
+
+
+def command(name: str, folder: str | None = None, *overrides: str) -> str:
+    """What to type to prepare data set `name`, of the files in `folder`."""
+    origin = [] if name == "digits" else ["--from", shlex.quote(folder) if folder else "FOLDER"]
+    return " ".join(["setwise data prepare", name, *origin, *overrides])
+
+
+def check_fits(prepared: Prepared, recipe: Recipe) -> None:
+    """Whether a recipe can read a prepared data set.
+
+    Raises:
+        ConfigError: features of another width, or settings of the recipe that the images are too small for.
+        DataError: region features for an encoder of pixels, or the other way round.
+    """
+    name, encoder = str(prepared.manifest["name"]), recipe.model.image_encoder
+    folder = prepared.manifest["source"]["folder"]
+    if isinstance(encoder, RegionsConfig):
+        if prepared.kind == "images":
+            raise DataError(
+                f"'{name}' holds images, and an image encoder of kind 'butd' reads region features. Prepare a data set "
+                f"of features: {command(f'{name}_butd')}"
+            )
+        for split, described in prepared.manifest["features"].items():
+            if described["width"] != encoder.feature_dim:
+                raise ConfigError(
+                    f"model.image_encoder.feature_dim is {encoder.feature_dim}, and the features of '{name}' are "
+                    f"{described['width']} wide ({split}: {described['file']}). Set "
+                    f"model.image_encoder.feature_dim={described['width']}, or prepare others: {command(name)}"
+                )
+    elif prepared.kind == "regions":
+        raise DataError(
+            f"'{name}' holds region features, and an image encoder of kind '{encoder.kind}' reads images. Prepare a "
+            f"data set of images: {command(name.removesuffix('_butd'))}"
+        )
+    else:
+        stored, wanted = prepared.manifest["settings"]["shorter_side"], recipe.data.image_size
+        if stored is not None and wanted > stored:
+            raise ConfigError(
+                f"data.image_size is {wanted}, and the images of '{name}' were reduced to a shorter side of {stored}. "
+                f"Set data.image_size={stored} or less, or prepare them again: "
+                f"{command(name, folder, f'prepare.shorter_side={wanted}')}"
+            )
 
 
 def _damaged(folder: Path, manifest: dict[str, Any]) -> Path | None:
     """The first shard that is missing or has another length than was written."""
     for split in manifest["splits"].values():
         for shard in split["shards"]:
-            path = folder / str(shard["file"])
-            if not path.is_file() or path.stat().st_size != shard["bytes"]:
-                return path
+            if not shards.is_whole(folder, shard):
+                return folder / str(shard["file"])
     return None
 
 
@@ -111,93 +196,135 @@ def prepare_digits(store: Path, settings: DigitsPreparation, say: Say) -> Prepar
             with storage.publish_folder(source) as building:
                 generate(building, digits)
                 storage.write_json(building / "generated.json", wanted)
-        read = datasets.open_source("digits", SourceConfig(folder=str(source)))
-        return prepare(read, base / "prepared", settings.prepare, say)
+        config = SourceConfig(folder=str(source))
+        return prepare(datasets.open_source("digits", config), base / "prepared", settings.prepare, say, str(source))
 
 
-def prepare(source: Source, target: Path, settings: PrepareConfig, say: Say) -> Prepared:
-    """Write the shards of `source` to `target`, unless they are there already, made from the same files.
+def prepare_source(name: str, store: Path, settings: PrepareSettings, say: Say) -> Prepared:
+    """Prepare data set `name` from its files; what is already there and unchanged is reused.
 
     Raises:
-        DataError: the annotations are wrong, or more than `max_bad_share` of the images are.
+        ConfigError: `name` cannot be one, or the settings say nowhere where the files are.
+        DataError: the files are wrong, or too many of the images are.
     """
-    rows = source.rows
-    identity = {
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"'{name}' cannot name a data set: use lower-case letters, digits, '.', '_' and '-'")
+    base = store / "data" / name
+    with storage.lease(base / "lease", f"data set '{name}'"):
+        source = datasets.open_source(name, settings.source)
+        for note in source.notes:
+            say(note)
+        return prepare(source, base / "prepared", settings.prepare, say, settings.source.folder)
+
+
+def prepare(source: Source, target: Path, settings: PrepareConfig, say: Say, folder: str | None = None) -> Prepared:
+    """Write the shards of `source` to `target`, unless they are there already, made from the same files.
+
+    Args:
+        folder: where the source's files are, to be named in the manifest.
+
+    Raises:
+        DataError: there is no image, a file of features cannot be used, or more than `max_bad_share` of the images
+            cannot.
+    """
+    if not source.rows:
+        raise DataError(f"'{source.name}' has no image that could be prepared")
+    features = identity.features(source)
+    # Not of it is how much may be quarantined: to allow more, nothing has to be made anew.
+    known_by = {
         "schema": SCHEMA,
-        "files": [storage.sha256(file) for file in source.files],
-        "settings": settings.model_dump(mode="json"),
-        "sizes": storage.fingerprint([_size(row.path) for row in rows]),
+        "settings": settings.model_dump(mode="json", exclude={"max_bad_share"}),
+        **identity.of(source, features),
     }
     manifest_file = target / "manifest.json"
     if manifest_file.is_file():
         manifest = storage.read_json(manifest_file)
-        if manifest["identity"] == identity and not _damaged(target, manifest):
+        if manifest["identity"] == known_by and not _damaged(target, manifest):
             say(f"'{source.name}' is prepared already ({target})")
             return Prepared(target, manifest)
 
-    with storage.publish_folder(target) as building:
-        say(f"preparing {len(rows):,} images of '{source.name}' with Ray Data")
-        written = _write_shards(_tasks(rows, settings.rows_per_shard), building, settings)
-        quarantine = [bad for shard in written for bad in shard.quarantine]
-        bad_images = len(rows) - sum(shard.images for shard in written)
-        if bad_images > settings.max_bad_share * len(rows):
-            first = "; ".join(f"{bad['path']}: {bad['reason']}" for bad in quarantine[:3])
-            raise DataError(
-                f"{bad_images} of {len(rows)} images cannot be used, more than the {settings.max_bad_share:.1%} that "
-                f"max_bad_share allows. The first: {first}"
-            )
-        splits = _splits(written)
-        vocabulary.write(building / "vocabulary.json", vocabulary.collect(shards.captions(building, splits["train"])))
-        if source.extended_positives is not None:
-            shutil.copytree(source.extended_positives, building / "extended_positives")
-        manifest = {
-            "name": source.name,
-            "fingerprint": storage.fingerprint([splits, storage.sha256(building / "vocabulary.json")]),
-            "identity": identity,
-            "settings": settings.model_dump(mode="json"),
-            "splits": splits,
-            "quarantine": quarantine,
-        }
-        storage.write_json(building / "manifest.json", manifest)
+    working = target.with_name(f".{target.name}-{storage.fingerprint(known_by)}")
+    _remove_leftovers(target, working)
+    working.mkdir(parents=True, exist_ok=True)
+    tasks = list(_tasks(source.rows, settings.rows_per_shard))
+    missing = [(file, rows) for file, rows in tasks if shards.written(working / file) is None]
+    there = f"; {len(tasks) - len(missing)} of {len(tasks)} shards are there" if len(missing) < len(tasks) else ""
+    say(f"preparing {len(source.rows):,} {_things(source)} of '{source.name}' with Ray Data{there}")
+    if missing:
+        _write_shards(missing, working, settings)
+    written = [_written(working / file) for file, _ in tasks]
+
+    quarantine = [*source.quarantine, *(bad for shard in written for bad in shard.quarantine)]
+    left_out = {(bad["image_id"], bad["path"]) for bad in source.quarantine if bad["caption_id"] is None}
+    total = len(source.rows) + len(left_out)
+    bad_images = total - sum(shard.images for shard in written)
+    if bad_images > settings.max_bad_share * total:
+        reasons = [f"{bad['path']}: {bad['reason']}" for bad in quarantine if bad["caption_id"] is None]
+        raise DataError(
+            f"{bad_images:,} of {total:,} images cannot be used, more than the {settings.max_bad_share:.1%} that "
+            f"prepare.max_bad_share allows. The first: {'; '.join(reasons[:3])}"
+        )
+    splits = _splits(written)
+    training = shards.captions(working, splits["train"]) if "train" in splits else []
+    vocabulary.write(working / "vocabulary.json", vocabulary.collect(training))
+    if source.extended_positives is not None:
+        shutil.copytree(source.extended_positives, working / "extended_positives", dirs_exist_ok=True)
+    digests = {split: described["digest"] for split, described in features.items()}
+    manifest = {
+        "name": source.name,
+        "kind": source.kind,
+        "fingerprint": storage.fingerprint([splits, digests, storage.sha256(working / "vocabulary.json")]),
+        "identity": known_by,
+        "settings": settings.model_dump(mode="json"),
+        "source": {"folder": folder, "files": [str(file) for file in source.files], "notes": source.notes},
+        "features": features,
+        "splits": splits,
+        "quarantine": quarantine,
+    }
+    storage.write_json(working / "manifest.json", manifest)
+    _publish(working, target)
     prepared = Prepared(target, manifest)
     say(prepared.describe())
     return prepared
 
 
-def _size(path: Path) -> int:
-    """Size of an image file: enough to notice that it was replaced, at no cost. A missing file counts as -1."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
+def _things(source: Source) -> str:
+    return "images" if source.kind == "images" else "images' region features"
 
 
-def _tasks(rows: list[Row], rows_per_shard: int) -> list[dict[str, str]]:
-    """One task a shard: the file to write, and its rows as JSON, since Ray Data would store nested lists as pickles."""
-    tasks = []
+def _tasks(rows: list[Row], rows_per_shard: int) -> Iterator[Task]:
+    """One task a shard, split by split."""
     for split in datasets.SPLITS:
         members = [row for row in rows if row.split == split]
         for number, start in enumerate(range(0, len(members), rows_per_shard)):
-            part = members[start : start + rows_per_shard]
-            tasks.append({"file": f"{split}-{number:05d}.parquet", "rows": shards.dump_rows(part)})
-    return tasks
+            yield f"{split}-{number:05d}.parquet", members[start : start + rows_per_shard]
 
 
-def _write_shards(tasks: list[dict[str, str]], folder: Path, settings: PrepareConfig) -> list[Shard]:
-    """Write all shards, one Ray Data task each; the answers come back in the order of the tasks."""
+def _write_shards(tasks: list[Task], folder: Path, settings: PrepareConfig) -> None:
+    """Write shards, one Ray Data task each."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports each execution, and that bars are off
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    side, quality = settings.shorter_side, settings.jpeg_quality
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    form = settings.shorter_side, settings.jpeg_quality, settings.halved_colour
 
     def write(task: dict[str, str]) -> dict[str, str]:
-        return shards.write(folder / task["file"], shards.load_rows(task["rows"]), side, quality).to_columns()
+        shards.write(folder / task["file"], shards.load_rows(task["rows"]), *form)
+        return {"file": task["file"]}
 
-    written = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(write, num_cpus=0.9).take_all()
-    return [Shard.from_columns(columns) for columns in written]
+    # Rows go as JSON, since Ray Data would store nested lists as pickles; what was written is read from the folder.
+    items = [{"file": file, "rows": shards.dump_rows(rows)} for file, rows in tasks]
+    one_is_for_the_driver = max(1, cluster.cpus() - 1)
+    written = ray.data.from_items(items, override_num_blocks=len(items)).map(write, concurrency=one_is_for_the_driver)
+    for _ in written.iter_rows():
+        pass
+
+
+def _written(path: Path) -> Shard:
+    shard = shards.written(path)
+    if shard is None:
+        raise DataError(f"{path} was written and is not there. Is the store in a folder that all machines share?")
+    return shard
 
 
 def _splits(written: list[Shard]) -> dict[str, Any]:
@@ -208,6 +335,33 @@ def _splits(written: list[Shard]) -> dict[str, Any]:
         split["images"] += shard.images
         split["captions"] += shard.captions
         split["shards"].append(
-            {"file": shard.file, "images": shard.images, "bytes": shard.bytes, "sha256": shard.sha256}
+            {
+                "file": shard.file,
+                "images": shard.images,
+                "bytes": shard.bytes,
+                "sha256": shard.sha256,
+                "offsets_sha256": shard.offsets_sha256,
+            }
         )
     return splits
+
+
+def _remove_leftovers(target: Path, working: Path) -> None:
+    """Of other attempts everything, and of this one the files that were being written when it was killed."""
+    for left in target.parent.glob(f".{target.name}-*"):
+        if left != working:
+            shutil.rmtree(left)
+    for part in working.glob(".*"):
+        part.unlink()
+
+
+def _publish(working: Path, target: Path) -> None:
+    """Let `working` become `target`. Killed between the two renames, the next start finds all shards in `working`."""
+    for path in working.rglob("*"):
+        storage.sync_folder(path)
+    storage.sync_folder(working)
+    if target.exists():
+        target.rename(target.with_name(f".{target.name}-replaced"))
+    working.rename(target)
+    storage.sync_folder(target.parent)
+    shutil.rmtree(target.with_name(f".{target.name}-replaced"), ignore_errors=True)

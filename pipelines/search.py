@@ -41,7 +41,8 @@ def search(query: str, reference: Reference, store: Path, top: int = 5, split: s
     """Rank a split of the model's data set for `query`: a path of an image file, or a caption.
 
     Raises:
-        ConfigError: the query is empty or too long, or `top` is not positive.
+        ConfigError: the query is empty or too long, or an image for a model of region features, or `top` is not
+            positive.
         DataError: the image cannot be read.
     """
     if top < 1:
@@ -53,14 +54,18 @@ def search(query: str, reference: Reference, store: Path, top: int = 5, split: s
     name = prepared.manifest["name"]
 
     if Path(query).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+        if prepared.kind == "regions":
+            raise ConfigError(
+                f"{reference.label} reads region features of images, which no image file has; search with a caption"
+            )
         pixels = batches.evaluation_pixels(_image_file(Path(query)), model.recipe.data)
         scores = model.scores(model.encode_images(pixels[None]), sets.text_sets)[0]
-        texts = [text for captions in gallery.captions for text in captions]
         hits: list[Hit] = []
         for place in scores.argsort(descending=True).tolist():
-            if any(texts[place] in hit.captions for hit in hits):
+            text = gallery.caption(place)
+            if any(text in hit.captions for hit in hits):
                 continue  # the same sentence was written for several images
-            hits.append(Hit(float(scores[place]), int(gallery.image_ids[sets.owners[place]]), [texts[place]]))
+            hits.append(Hit(float(scores[place]), int(gallery.image_ids[sets.owners[place]]), [text]))
             if len(hits) == top:
                 break
         return Answer(reference.label, name, split, hits, [])
@@ -71,7 +76,7 @@ def search(query: str, reference: Reference, store: Path, top: int = 5, split: s
     scores = model.scores(sets.image_sets, model.encode_captions([text]))[:, 0]
     best = scores.topk(min(top, len(scores)))
     found = [
-        Hit(float(score), int(gallery.image_ids[place]), gallery.captions[place])
+        Hit(float(score), int(gallery.image_ids[place]), gallery.captions_of(place))
         for score, place in zip(best.values, best.indices.tolist(), strict=True)
     ]
     return Answer(reference.label, name, split, found, model.vocabulary.unknown(text))
@@ -88,14 +93,22 @@ def _image_file(path: Path) -> bytes:
 
 
 def export_images(answer: Answer, store: Path, folder: Path) -> list[Path]:
-    """Write the images of an answer to `folder`, best first, to be looked at."""
+    """Write the images of an answer to `folder`, best first, to be looked at.
+
+    Raises:
+        DataError: the data set holds region features, and no images.
+    """
     prepared = prepare.open_prepared(answer.dataset, store)
-    table = shards.read(prepared.folder, prepared.manifest["splits"][answer.split], ("image_id", "image"))
-    jpegs = dict(zip(table.column("image_id").to_pylist(), table.column("image"), strict=True))
+    if prepared.kind == "regions":
+        raise DataError(f"'{answer.dataset}' holds region features, and no images that could be saved")
+    split = prepared.manifest["splits"][answer.split]
+    jpegs = shards.Jpegs(prepared.folder, split)
+    image_ids = shards.read(prepared.folder, split, ("image_id",)).column("image_id").to_pylist()
+    places = {image_id: place for place, image_id in enumerate(image_ids)}
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for rank, hit in enumerate(answer.hits, start=1):
         path = folder / f"{rank:02d}_{hit.image_id}.jpg"
-        path.write_bytes(jpegs[hit.image_id].as_py())
+        path.write_bytes(jpegs[places[hit.image_id]].tobytes())
         paths.append(path)
     return paths

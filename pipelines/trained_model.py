@@ -6,6 +6,7 @@ again.
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,15 +125,16 @@ def score(similarity: Similarity, image_sets: Tensor, text_sets: Tensor, device:
 
 
 @torch.inference_mode()
-def embed(retriever: SetRetriever, split: Split, batch_size: int, device: torch.device) -> Embeddings:
-    """Encode each image and each caption of a split once, in evaluation mode."""
+def embed(retriever: SetRetriever, split: Split, batch_size: int, device: torch.device, threads: int = 0) -> Embeddings:
+    """Encode each image and each caption of a split once, in evaluation mode; `threads` make the batches ahead."""
     was_training = retriever.training
     retriever.eval()
     images, texts = [], []
-    for batch in batches.in_order(split, batch_size):
-        on_device: Batch = batch.to(device)
-        images.append(retriever.encode_images(on_device.images).sets.float().cpu())
-        texts.append(retriever.encode_texts(on_device.tokens, on_device.lengths).sets.float().cpu())
+    with closing(batches.in_order(split, batch_size, threads)) as whole:
+        for batch in whole:
+            on_device: Batch = batch.to(device)
+            images.append(retriever.encode_images(on_device.images).sets.float().cpu())
+            texts.append(retriever.encode_texts(on_device.tokens, on_device.lengths).sets.float().cpu())
     retriever.train(was_training)
     return Embeddings(
         image_sets=torch.cat(images),

@@ -100,7 +100,7 @@ def collect(captions: Iterable[str], min_count: int = 1) -> Vocabulary:
 
 
 def write(path: Path, vocabulary: Vocabulary) -> None:
-    path.write_text(json.dumps(vocabulary.words, ensure_ascii=False, indent=0) + "\n")
+    path.write_text(json.dumps(vocabulary.words, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> Vocabulary:

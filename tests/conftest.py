@@ -11,7 +11,7 @@ import torch
 
 from setwise.pipelines import prepare, recipe
 from setwise.pipelines.digits import DigitsConfig
-from setwise.pipelines.prepare import DigitsPreparation, PrepareConfig
+from setwise.pipelines.prepare import DigitsPreparation, DigitsPrepareConfig
 from setwise.pipelines.recipe import Recipe
 from tiny import TINY_MODEL, write_serially
 
@@ -35,7 +35,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with `digits` prepared: 80, 30 and 50 images. Tests only add runs to it, under names of their own."""
     folder = tmp_path_factory.mktemp("store")
     settings = DigitsPreparation(
-        generate=DigitsConfig(train=80, val=30, test=50), prepare=PrepareConfig(rows_per_shard=32)
+        generate=DigitsConfig(train=80, val=30, test=50), prepare=DigitsPrepareConfig(rows_per_shard=32)
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "_write_shards", write_serially)

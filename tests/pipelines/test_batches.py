@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from setwise.pipelines import batches, images, prepare, vocabulary
+from setwise.pipelines import batches, images, prepare, shards, vocabulary
 from setwise.pipelines.batches import Split
 from setwise.pipelines.recipe import DataConfig
 from setwise.platform.errors import DataError
@@ -81,7 +82,7 @@ def test_every_caption_stands_beside_its_image(split: Split) -> None:
         for row, owner in enumerate(batch.owners.tolist()):
             index = shown[owner]
             ids = batch.tokens[row, : batch.lengths[row]].tolist()
-            assert ids in split._tokens[index]
+            assert ids in [split.words.encode(text) for text in split.captions_of(index)]
 
 
 def test_padding_is_zero_after_each_captions_end() -> None:
@@ -160,7 +161,7 @@ def test_words_and_views_change_by_sample_and_epoch_alone(store: Path) -> None:
     assert ids[0][:5] == ids[1][10:] and ids[0][5:] == ids[1][:5]
     later = split.augmented([3, 8], seed=1, epoch=2)
     assert not torch.equal(one.images, later.images) and not torch.equal(one.images, split.batch([3, 8]).images)
-    assert ids[0] != [split._tokens[index][place] for index in (3, 8) for place in range(5)]
+    assert ids[0] != [words.encode(text) for index in (3, 8) for text in split.captions_of(index)]
 
 
 def test_nothing_is_changed_unless_asked_for(split: Split) -> None:
@@ -172,3 +173,54 @@ def test_a_batch_of_nothing_has_the_shapes_of_one(split: Split) -> None:
     batch = split.batch([])
     assert batch.images.shape == (0, 3, 64, 64) and batch.tokens.shape == (0, 1)
     assert len(batch.lengths) == len(batch.owners) == 0
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_batches_made_ahead_are_the_same(store: Path, threads: int) -> None:
+    prepared = prepare.open_prepared("digits", store)
+    words = vocabulary.read(prepared.folder / "vocabulary.json")
+    split = Split(prepared, "train", DataConfig(crop_scale=(0.3, 1), flip=True, word_drop=0.5), words)
+    alone = batches.training_batches(split, 7, 1, 2, 1, 2)
+    ahead = batches.training_batches(split, 7, 1, 2, 1, 2, threads=threads)
+    for one, other in zip(alone, ahead, strict=True):
+        assert torch.equal(one.batch.images, other.batch.images) and torch.equal(one.batch.tokens, other.batch.tokens)
+        assert torch.equal(one.image_keys, other.image_keys) and torch.equal(one.owners, other.owners)
+    for plain, early in zip(batches.in_order(split, 7), batches.in_order(split, 7, threads), strict=True):
+        assert torch.equal(plain.images, early.images) and torch.equal(plain.lengths, early.lengths)
+
+
+def test_captions_and_their_tokens_are_those_of_the_shards(split: Split, store: Path) -> None:
+    prepared = prepare.open_prepared("digits", store)
+    texts = list(shards.captions(prepared.folder, prepared.manifest["splits"]["val"]))
+    assert [split.caption(place) for place in range(len(texts))] == texts
+    assert [text for index in range(len(split)) for text in split.captions_of(index)] == texts
+    assert [split.tokens(place).tolist() for place in range(len(texts))] == [split.words.encode(t) for t in texts]
+
+
+def test_pixels_are_those_that_pillow_decodes(split: Split) -> None:
+    for index in (0, 7):
+        expected = np.asarray(images.read_rgb(split.image(index)))
+        assert np.array_equal(split.batch([index]).images[0].permute(1, 2, 0).numpy(), expected)
+
+
+def test_a_stored_image_that_was_damaged_is_named(store: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(store / "data" / "digits" / "prepared", tmp_path / "data" / "digits" / "prepared")
+    shard = own / "val-00000.parquet"
+    begin, length = np.load(own / "val-00000.offsets.npy", allow_pickle=False)[3]
+    content = bytearray(shard.read_bytes())
+    content[begin + 2 : begin + length] = bytes(length - 2)
+    shard.write_bytes(content)
+    prepared = prepare.open_prepared("digits", tmp_path)
+    damaged = Split(prepared, "val", DATA, vocabulary.read(prepared.folder / "vocabulary.json"))
+    damaged.batch([0, 1, 2, 4])
+    with pytest.raises(DataError, match=f"image {damaged.image_ids[3]} of split 'val' is damaged"):
+        next(batches.in_order(damaged, 10, threads=2))
+
+
+def test_offsets_that_were_changed_are_refused(store: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(store / "data" / "digits" / "prepared", tmp_path / "data" / "digits" / "prepared")
+    file = own / "val-00000.offsets.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    prepared = prepare.open_prepared("digits", tmp_path)
+    with pytest.raises(DataError, match=r"offsets\.npy is damaged"):
+        Split(prepared, "val", DATA, vocabulary.read(prepared.folder / "vocabulary.json"))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from setwise.pipelines import compare, evaluate
+from rich.console import Console
+
+from setwise.pipelines import compare, evaluate, tables
 from setwise.pipelines.benchmarks import Outcome
 from setwise.platform import storage
 from setwise.platform.run import Run
@@ -27,8 +30,8 @@ def make(
     return run
 
 
-def measure(run: Run, benchmark: str, protocol: str, **values: float) -> None:
-    evaluate.record(run, Outcome(benchmark, values, {"is": protocol}), {"weights": "w", "data": "d"}, epoch=99)
+def measure(run: Run, benchmark: str, protocol: dict[str, Any], **values: float) -> None:
+    evaluate.record(run, Outcome(benchmark, values, protocol), {"weights": "w", "data": "d"}, epoch=99)
 
 
 def test_only_settings_that_differ_are_shown(tmp_path: Path) -> None:
@@ -58,7 +61,7 @@ def test_how_far_a_run_came_and_how_it_ended(tmp_path: Path) -> None:
     finished = make(tmp_path, "a", "a: 1\n", 4, 9.0, "FINISHED")
     pruned = make(tmp_path, "b", "a: 1\n", 2, 8.0, "PRUNED")
     running = make(tmp_path, "c", "a: 1\n", 1, 7.0)
-    measure(finished, "digits_1k", "p", rsum=5.0)  # an evaluation is no epoch, and no end
+    measure(finished, "digits_1k", {}, rsum=5.0)  # an evaluation is no epoch, and no end
     rows = compare.compare([running, pruned, finished]).rows
     assert [(row.name, row.status, row.epochs) for row in rows] == [
         ("a", "finished", 4),
@@ -67,21 +70,26 @@ def test_how_far_a_run_came_and_how_it_ended(tmp_path: Path) -> None:
     ]
 
 
-def test_values_under_two_protocols_are_left_out_and_named(tmp_path: Path) -> None:
+def test_values_under_two_protocols_are_left_out_and_the_difference_is_named(tmp_path: Path) -> None:
     one, two, three = (make(tmp_path, name, "a: 1\n") for name in "abc")
-    measure(one, "digits_1k", "folds of 200", rsum=300.0)
-    measure(two, "digits_1k", "folds of 1000", rsum=200.0)
-    measure(one, "digits_5k", "p", rsum=30.0, i2t_R1=3.0)
-    measure(two, "digits_5k", "p", rsum=20.0, i2t_R1=2.0)
+    measure(one, "digits_1k", {"ties": "pessimistic", "similarity": {"kind": "mil"}}, rsum=300.0)
+    measure(two, "digits_1k", {"ties": "official", "similarity": {"kind": "mil", "alpha": 4}, "folds": 5}, rsum=200.0)
+    measure(one, "digits_5k", {"ties": "pessimistic"}, rsum=30.0, i2t_R1=3.0)
+    measure(two, "digits_5k", {"ties": "pessimistic"}, rsum=20.0, i2t_R1=2.0)
     both = compare.compare([one, two, three])
-    assert both.mixed == ["digits_1k"]
+    reasons = ["folds: - | 5", "similarity.alpha: - | 4", "ties: pessimistic | official"]
+    assert both.mixed == both.to_json()["not_comparable"] == {"digits_1k": reasons}
     assert {row.name: row.values for row in both.rows} == {
         "a": {"digits_5k/rsum": 30.0, "digits_5k/i2t_R1": 3.0},
         "b": {"digits_5k/rsum": 20.0, "digits_5k/i2t_R1": 2.0},
         "c": {},
     }
+    console = Console(width=120)
+    with console.capture() as printed:
+        console.print(tables.comparison(both))
+    assert "digits_1k: folds: - | 5; similarity.alpha: - | 4; ties: pessimistic | official" in printed.get()
     alone = compare.compare([one, three])
-    assert alone.mixed == []
+    assert alone.mixed == {}
     assert {row.name: row.values for row in alone.rows}["a"]["digits_1k/rsum"] == 300.0
 
 
@@ -95,4 +103,4 @@ def test_a_comparison_is_one_json_object(tmp_path: Path) -> None:
         "settings": {"x": 1},
         "values": {"val/rsum": 2.0},
     }
-    assert value["not_comparable"] == []
+    assert value["not_comparable"] == {}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from setwise.pipelines.images import BadImageError, encode_jpeg, read_rgb, resize_shorter_side
+from setwise.pipelines.images import BadImageError, decode_jpeg, encode_jpeg, may_stay, read_rgb, resize_shorter_side
 
 
 def png(image: Image.Image, **options: object) -> bytes:
@@ -33,14 +33,27 @@ def pixel(data: bytes, x: int = 2, y: int = 2) -> tuple[int, ...]:
     return value
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that says it has width x height pixels."""
+def raw_png(width: int, height: int, depth: int, colour: int, pixels: bytes, hidden: bytes = b"") -> bytes:
+    """A PNG as its parts say; `hidden` is the value that stands for transparency, as its chunk tRNS has it."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    transparency = chunk(b"tRNS", hidden) if hidden else b""
+    return b"\x89PNG\r\n\x1a\n" + header + transparency + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says it has width x height pixels."""
+    return raw_png(width, height, 8, 2, b"")
+
+
+def deep_png(values: list[tuple[int, ...]], hidden: tuple[int, ...]) -> bytes:
+    """A row of pixels of 16 bits, grey or RGB, one of whose values is transparent."""
+    colour = 0 if len(hidden) == 1 else 2
+    pixels = b"\0" + b"".join(struct.pack(f">{len(value)}H", *value) for value in values)
+    return raw_png(len(values), 1, 16, colour, pixels, struct.pack(f">{len(hidden)}H", *hidden))
 
 
 @pytest.mark.parametrize(
@@ -123,3 +136,70 @@ def test_thin_coloured_strokes_keep_their_colour() -> None:
     image.paste((255, 0, 0), (15, 0, 16, 32))  # one pixel wide
     red, green, _ = read_rgb(encode_jpeg(image, 95)).getpixel((15, 16))  # type: ignore[misc]
     assert red > 200 and green < 40
+
+
+def test_one_value_of_16_bits_may_be_transparent() -> None:
+    grey = read_rgb(deep_png([(257 * 100,), (257 * 100 + 1,), (0,)], hidden=(257 * 100,)))
+    assert [grey.getpixel((x, 0)) for x in range(3)] == [(255,) * 3, (100,) * 3, (0,) * 3]
+    colour = read_rgb(deep_png([(257 * 9, 0, 0), (257 * 200, 257 * 100, 50)], hidden=(257 * 9, 0, 0)))
+    assert [colour.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (200, 100, 0)]
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    return Image.effect_noise((width, height), 80).convert(mode)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        jpeg(noise(40, 30)),
+        jpeg(noise(40, 30), subsampling=2),
+        jpeg(noise(41, 31), subsampling=1, progressive=True),
+        jpeg(noise(40, 30, "L")),
+        jpeg(noise(1, 1)),
+        jpeg(noise(40, 30), exif=Image.Exif()),
+        jpeg(noise(40, 30)) + b"something behind the end",
+    ],
+    ids=["full colour", "4:2:0", "4:2:2, odd, progressive", "grey", "1x1", "empty EXIF", "longer"],
+)
+def test_a_jpeg_that_may_stay_decodes_to_the_same_pixels_both_ways(data: bytes) -> None:
+    assert may_stay(data, None)
+    assert np.array_equal(decode_jpeg(data), np.asarray(read_rgb(data)))
+    assert np.array_equal(decode_jpeg(np.frombuffer(data, np.uint8)), decode_jpeg(data)), "out of a mapped file too"
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize(
+    ("data", "side"),
+    [
+        (jpeg(noise(40, 30, "CMYK")), None),
+        (jpeg(noise(40, 30), exif=turned(6)), None),
+        (jpeg(noise(40, 30)), 29),
+        (png(noise(40, 30)), None),
+        (jpeg(noise(200, 200))[:4000], None),
+        (jpeg(noise(200, 200), progressive=True)[:-40], None),
+    ],
+    ids=["CMYK", "turned", "too large", "PNG", "cut short", "progressive, cut short"],
+)
+def test_others_may_not_stay(data: bytes, side: int | None) -> None:
+    assert not may_stay(data, side)
+
+
+def test_upright_and_just_small_enough_may_stay() -> None:
+    assert may_stay(jpeg(noise(40, 30), exif=turned(1)), 30)
+    with pytest.raises(BadImageError, match="narrower"):
+        may_stay(jpeg(noise(600, 1)), None)
+
+
+def test_a_jpeg_whose_channels_are_rgb_already_keeps_its_colours() -> None:
+    """Without Adobe's transformation of colours, and said so by its marker."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 30, 40)).save(buffer, "JPEG", quality=95, keep_rgb=True)
+    data = buffer.getvalue()
+    assert pixel(data) == pytest.approx((200, 30, 40), abs=3)
+    assert not may_stay(data, None) or decode_jpeg(data)[2, 2] == pytest.approx((200, 30, 40), abs=3)

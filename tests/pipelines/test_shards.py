@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,64 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from setwise.pipelines import batches, datasets, prepare, shards, vocabulary
+from setwise.pipelines import batches, prepare, shards, vocabulary
 from setwise.pipelines.batches import Split
 from setwise.pipelines.datasets import Caption, Row
-from setwise.pipelines.prepare import PrepareConfig
 from setwise.pipelines.recipe import DataConfig
-from setwise.platform.errors import ConfigError, DataError
 
 
 def picture(path: Path, size: tuple[int, int] = (64, 64), **options: Any) -> bytes:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.effect_noise(size, 60).convert("RGB").save(path, **options)
     return path.read_bytes()
-
-
-def entry(number: int, split: str = "train", captions: int = 5) -> dict[str, Any]:
-    sentences = [{"raw": f"caption {c} of image {number}", "sentid": 10 * number + c} for c in range(captions)]
-    return {"filename": f"{number}.jpg", "filepath": "a", "split": split, "imgid": number, "sentences": sentences}
-
-
-def karpathy(folder: Path, entries: list[dict[str, Any]]) -> Path:
-    file = folder / "dataset_digits.json"
-    file.write_text(json.dumps({"dataset": "digits", "images": entries}))
-    return file
-
-
-def test_restval_is_training_and_cocos_ids_are_kept(tmp_path: Path) -> None:
-    file = karpathy(tmp_path, [entry(1, "restval"), {**entry(2, "test", captions=7), "cocoid": 99}])
-    first, second = datasets.read_karpathy(file, tmp_path)
-    assert (first.split, first.image_id, second.split, second.image_id) == ("train", 1, "test", 99)
-    assert first.path == tmp_path / "a" / "1.jpg" and len(second.captions) == 7
-
-
-@pytest.mark.parametrize(
-    ("entries", "message"),
-    [
-        ([entry(1), entry(1)], "same id 1"),
-        ([entry(1), {**entry(2), "sentences": entry(1)["sentences"]}], "caption id 10 is in"),
-        ([{**entry(1), "split": "training"}], "split 'training'; known are train, val, test and restval"),
-        ([{"split": "train"}], r"images\[0\] is not complete"),
-        ([{**entry(1), "filename": "../../../etc/passwd"}], "outside"),
-        ([], "lists no image"),
-    ],
-)
-def test_wrong_annotations_are_refused_with_their_entry(
-    tmp_path: Path, entries: list[dict[str, Any]], message: str
-) -> None:
-    with pytest.raises(DataError, match=message):
-        datasets.read_karpathy(karpathy(tmp_path, entries), tmp_path)
-
-
-def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read"):
-        datasets.read_karpathy(tmp_path / "none.json", tmp_path)
-    (tmp_path / "bad.json").write_text("[1, 2]")
-    with pytest.raises(DataError, match="not a Karpathy-split file"):
-        datasets.read_karpathy(tmp_path / "bad.json", tmp_path)
-    with pytest.raises(ConfigError, match="Did you mean 'digits'"):
-        datasets.open_source("digit", tmp_path)
 
 
 def test_good_rows_are_stored_and_bad_ones_set_aside_with_their_reason(tmp_path: Path) -> None:
@@ -86,9 +38,11 @@ def test_good_rows_are_stored_and_bad_ones_set_aside_with_their_reason(tmp_path:
         Row(14, "train", tmp_path / "gone.jpg", (Caption(8, "gone"),)),
         Row(15, "train", tmp_path / "plain.jpg", (Caption(9, ""),)),
     ]
-    shard = shards.write(tmp_path / "train-00000.parquet", shards.load_rows(shards.dump_rows(rows)), 64, 90)
+    file = tmp_path / "train-00000.parquet"
+    assert shards.written(file) is None
+    shard = shards.write(file, shards.load_rows(shards.dump_rows(rows)), 64, 90)
     assert (shard.images, shard.captions) == (2, 2)
-    table = shards.read(tmp_path, {"shards": [{"file": shard.file}]})
+    table = shards.read(tmp_path, {"shards": [{"file": shard.file}]}, ("image_id", "image", "captions"))
     assert table.column("image_id").to_pylist() == [10, 11]
     assert table.column("captions").to_pylist() == [["a noisy picture"], ["wide"]]
     assert table.column("image")[0].as_py() == original, "a JPEG of the right size is stored as it is"
@@ -104,47 +58,47 @@ def test_good_rows_are_stored_and_bad_ones_set_aside_with_their_reason(tmp_path:
         (15, 9): "the caption is empty",
         (15, None): "no usable caption",
     }
-    assert shards.Shard.from_columns(shard.to_columns()) == shard
+    assert shards.written(file) == shard
 
 
-def prepare_here(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> prepare.Prepared:
-    from tiny import write_serially
-
-    monkeypatch.setattr(prepare, "_write_shards", write_serially)
-    source = datasets.open_source("digits", folder)
-    return prepare.prepare(source, folder / "prepared", PrepareConfig(**settings), lambda message: None)
-
-
-def test_preparation_is_the_same_twice_reused_and_redone_when_a_file_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    karpathy(tmp_path, [entry(number, ("train", "val", "test")[number % 3]) for number in range(9)])
-    for number in range(9):
-        picture(tmp_path / "images" / "a" / f"{number}.jpg")
-    first = prepare_here(tmp_path, monkeypatch, rows_per_shard=2)
-    written = {path.name: path.read_bytes() for path in first.folder.iterdir()}
-    assert [len(split["shards"]) for split in first.manifest["splits"].values()] == [2, 2, 2]
-    times = {path.name: path.stat().st_mtime_ns for path in first.folder.iterdir()}
-    again = prepare_here(tmp_path, monkeypatch, rows_per_shard=2)
-    assert {path.name: path.stat().st_mtime_ns for path in again.folder.iterdir()} == times, "reused"
-
-    (tmp_path / "prepared" / "manifest.json").unlink()
-    assert prepare_here(tmp_path, monkeypatch, rows_per_shard=2).fingerprint == first.fingerprint
-    assert {path.name: path.read_bytes() for path in first.folder.iterdir()} == written, "the same bytes"
-
-    picture(tmp_path / "images" / "a" / "0.jpg", (80, 70))
-    assert prepare_here(tmp_path, monkeypatch, rows_per_shard=2).fingerprint != first.fingerprint
+def test_jpegs_are_slices_of_the_file(tmp_path: Path) -> None:
+    """Also where pages of the file begin between them, and where they are equal or contain each other's beginning."""
+    stored = [picture(tmp_path / f"{n}.jpg", (300 + 11 * n, 200), quality=97) for n in range(40)]
+    stored += [stored[3], stored[3], picture(tmp_path / "one.jpg", (1, 1))]
+    for number, data in enumerate(stored):
+        (tmp_path / f"{number}.jpg").write_bytes(data)
+    rows = [Row(n, "train", tmp_path / f"{n}.jpg", (Caption(n, "words"),)) for n in range(len(stored))]
+    first = shards.write(tmp_path / "train-00000.parquet", rows[:30], None, 95)
+    second = shards.write(tmp_path / "train-00001.parquet", rows[30:], None, 95)
+    jpegs = shards.Jpegs(tmp_path, {"shards": [asdict(first), asdict(second)]})
+    assert sum(map(len, stored)) > 2**21, "more than a page of each column"
+    assert [jpegs[index].tobytes() for index in range(len(jpegs))] == stored
+    assert jpegs[5].base is not None, "a slice, and no copy"
+    with pytest.raises(IndexError):
+        jpegs[len(stored)]
 
 
-def test_too_many_bad_images_are_fatal_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    karpathy(tmp_path, [entry(number) for number in range(4)])
-    for number in range(3):
-        picture(tmp_path / "images" / "a" / f"{number}.jpg")
-    with pytest.raises(DataError, match=r"1 of 4 images cannot be used.*3\.jpg: cannot be read"):
-        prepare_here(tmp_path, monkeypatch, max_bad_share=0.2)
-    assert not (tmp_path / "prepared").exists()
-    allowed = prepare_here(tmp_path, monkeypatch, max_bad_share=0.25)
-    assert allowed.manifest["splits"]["train"]["images"] == 3 and len(allowed.manifest["quarantine"]) == 1
+def test_a_shard_of_nothing_is_one(tmp_path: Path) -> None:
+    row = Row(1, "test", tmp_path / "gone.jpg", (Caption(1, "gone"),))
+    shard = shards.write(tmp_path / "test-00000.parquet", [row], 64, 90)
+    assert (shard.images, shard.captions, len(shard.quarantine)) == (0, 0, 1)
+    assert len(shards.Jpegs(tmp_path, {"shards": [asdict(shard)]})) == 0
+
+
+def test_features_are_pointed_at_and_not_copied(tmp_path: Path) -> None:
+    features = np.ones((8, 3, 4), np.float32)
+    features[5, 2, 1] = np.nan
+    np.save(tmp_path / "ims.npy", features)
+    rows = [
+        Row(n, "train", tmp_path / "ims.npy", (Caption(n, "words"),), place) for n, place in enumerate((7, 5, 0, 8))
+    ]
+    shard = shards.write(tmp_path / "train-00000.parquet", shards.load_rows(shards.dump_rows(rows)), None, 90)
+    table = shards.read(tmp_path, {"shards": [asdict(shard)]}, ("image_id", "place"))
+    assert table.to_pydict() == {"image_id": [0, 2], "place": [7, 0]}
+    assert [(bad["image_id"], bad["reason"]) for bad in shard.quarantine] == [
+        (1, "the features in row 5 are not finite numbers"),
+        (3, "row 8 is not in the file, which has 8 rows"),
+    ]
 
 
 def test_the_vocabulary_is_of_the_training_captions_alone(store: Path) -> None:
@@ -184,7 +138,7 @@ def test_batches_in_order_hold_each_caption_beside_its_image(store: Path) -> Non
     place = 0
     for batch in batches.in_order(split, 16):
         for row, owner in enumerate(batch.owners.tolist()):
-            text = split.captions[place + owner][row - 5 * owner]
+            text = split.captions_of(place + owner)[row - 5 * owner]
             assert batch.tokens[row, : batch.lengths[row]].tolist() == words.encode(text)
             assert not batch.tokens[row, batch.lengths[row] :].any()
         place += len(batch.images)
