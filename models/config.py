@@ -203,8 +203,10 @@ class ModelConfig(_Settings):
 class SimilarityConfig(_Settings):
     """How two sets are compared."""
 
-    kind: Literal["smooth_chamfer", "chamfer", "mil", "match_probability"] = Field(
-        "smooth_chamfer", description="the paper's, its limit, the best pair (PVSE), or the mean probability (PCME)"
+    kind: Literal["smooth_chamfer", "chamfer", "mil", "match_probability", "cosine", "pcme"] = Field(
+        "smooth_chamfer",
+        description="the paper's, its limit, the best pair (PVSE), the mean probability of cosines, the mean cosine, "
+        "or the mean probability of distances (PCME)",
     )
     alpha: float = Field(16, gt=0, le=1024, description="sharpness of smooth_chamfer; infinity would be chamfer")
 

@@ -1,8 +1,8 @@
 """Similarities between sets of embeddings (Kim, Kim, Kwak, CVPR 2023).
 
 Shape suffixes: I images, T captions, K elements of an image's set, J elements of a caption's set, D width.
-Every function takes unit vectors and computes in float32 or better, whatever the inputs or autocast say: at alpha = 64
-half precision would keep fewer than two digits of alpha * cosine.
+Every function takes unit vectors, but where it says otherwise, and computes in float32 or better, whatever the inputs
+or autocast say: at alpha = 64 half precision would keep fewer than two digits of alpha * cosine.
 """
 
 import torch
@@ -47,6 +47,25 @@ def match_probability(image_sets: Tensor, text_sets: Tensor, scale: Tensor | flo
     return _match_probability(_cosines(image_sets, text_sets), scale, shift)
 
 
+def mean_cosine(image_sets: Tensor, text_sets: Tensor) -> Tensor:
+    """Mean of all cosines; of sets of one element the cosine. (I,K,D), (T,J,D) to (I,T)."""
+    return _cosines(image_sets, text_sets).mean((1, 3))
+
+
+def sampled_match_probability(
+    image_samples: Tensor, text_samples: Tensor, scale: Tensor | float, shift: Tensor | float
+) -> Tensor:
+    """Match probability of probabilistic embeddings (PCME, Chun et al., CVPR 2021), by samples of them: mean over pairs
+    of sigmoid(-scale * distance + shift), the distance being Euclidean.
+
+    (I,K,D), (T,J,D), vectors of any length, to (I,T), in 0..1. At distance 0, where it has none, the gradient is 0.
+    """
+    dot_IKTJ = _cosines(image_samples, text_samples)
+    image_IK, text_TJ = (x.to(dot_IKTJ.dtype).square().sum(-1) for x in (image_samples, text_samples))
+    squared_IKTJ = image_IK[:, :, None, None] + text_TJ - 2 * dot_IKTJ
+    return _sampled_match_probability(_root(squared_IKTJ), scale, shift)
+
+
 def _smooth_chamfer(cosine_IKTJ: Tensor, alpha: float) -> Tensor:
     logits_IKTJ = alpha * cosine_IKTJ
     image_to_text_IT = logits_IKTJ.logsumexp(3).mean(1)
@@ -66,26 +85,37 @@ def _match_probability(cosine_IKTJ: Tensor, scale: Tensor | float, shift: Tensor
     return torch.sigmoid(scale * cosine_IKTJ + shift).mean((1, 3))
 
 
+def _sampled_match_probability(distance_IKTJ: Tensor, scale: Tensor | float, shift: Tensor | float) -> Tensor:
+    return torch.sigmoid(shift - scale * distance_IKTJ).mean((1, 3))
+
+
+def _root(squared: Tensor) -> Tensor:
+    """Square root, of rounding noise below zero too. At zero its slope is 0: infinity would make gradients NaN."""
+    return squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
+
+
 class Similarity(nn.Module):
     """The similarity a configuration names: the one place that picks it, for training and evaluation alike.
 
-    A module because match probability learns its scale and shift; the others have no parameters. They start at 1 and 0,
-    where the authors' code starts too (and on a GPU stays, unregistered as its parameters are).
+    A module because the two match probabilities learn their scale and shift; the others have no parameters. That of
+    cosines starts at 1 and 0, where DivE's code starts too (and on a GPU stays, unregistered as its parameters are);
+    that of distances at 15 and 15, as in PCME's.
     """
 
     def __init__(self, config: SimilarityConfig) -> None:
         super().__init__()
         self.config = config
-        if config.kind == "match_probability":
-            self.scale = nn.Parameter(torch.ones(()))
-            self.shift = nn.Parameter(torch.zeros(()))
+        if start := {"match_probability": (1.0, 0.0), "pcme": (15.0, 15.0)}.get(config.kind):
+            self.scale, self.shift = (nn.Parameter(torch.tensor(value)) for value in start)
 
     def forward(self, image_sets: Tensor, text_sets: Tensor) -> Tensor:
-        """(I,K,D) and (T,J,D) unit vectors to scores (I,T)."""
+        """(I,K,D) and (T,J,D), unit vectors unless the kind is `pcme`, to scores (I,T)."""
+        if self.config.kind == "pcme":
+            return sampled_match_probability(image_sets, text_sets, self.scale, self.shift)
         return self.of_cosines(_cosines(image_sets, text_sets))
 
     def of_cosines(self, cosines: Tensor) -> Tensor:
-        """All cosines (I,K,T,J) to scores (I,T), in the precision of the cosines."""
+        """All cosines (I,K,T,J) of unit vectors to scores (I,T), in the precision of the cosines."""
         match self.config.kind:
             case "smooth_chamfer":
                 return _smooth_chamfer(cosines, self.config.alpha)
@@ -95,3 +125,11 @@ class Similarity(nn.Module):
                 return _mil(cosines)
             case "match_probability":
                 return _match_probability(cosines, self.scale, self.shift)
+            case "cosine":
+                return cosines.mean((1, 3))
+            case "pcme":
+                return self.of_distances(_root(2 - 2 * cosines))
+
+    def of_distances(self, distances: Tensor) -> Tensor:
+        """All distances (I,K,T,J) to scores (I,T): of the kind `pcme` alone, for vectors of any length."""
+        return _sampled_match_probability(distances, self.scale, self.shift)

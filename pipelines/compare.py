@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from setwise.pipelines import evaluate, references
+from setwise.pipelines import evaluate, protocol, references
 from setwise.platform import config, run
 from setwise.platform.run import Run
 
@@ -26,10 +26,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs beside each other, the best validation value first. `mixed` names benchmarks whose protocols differ."""
+    """Runs beside each other, the best validation value first.
+
+    `mixed`: benchmarks that were measured under several protocols, with the fields in which these differ.
+    """
 
     rows: list[Row]
-    mixed: list[str]
+    mixed: dict[str, list[str]]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -42,7 +45,7 @@ class Comparison:
 
 
 def compare(runs: list[Run]) -> Comparison:
-    """Runs beside each other. Values under different protocols are left out, and their benchmarks named."""
+    """Runs beside each other. Values under different protocols are left out, and the differences named."""
     flat = {training: config.flatten(config.read_yaml(training.config).values) for training in runs}
     names = sorted({name for settings in flat.values() for name in settings})
     differing = [name for name in names if len({json.dumps(s.get(name)) for s in flat.values()}) > 1]
@@ -72,10 +75,14 @@ def _status(events: list[dict[str, Any]]) -> str:
     return str(statuses[-1]).lower() if statuses else "unfinished"
 
 
-def _mixed_protocols(runs: list[Run]) -> list[str]:
-    """Benchmarks that were not measured under one protocol."""
-    fingerprints: dict[str, set[str]] = {}
+def _mixed_protocols(runs: list[Run]) -> dict[str, list[str]]:
+    """Benchmarks that were not measured under one protocol, with what differs from the first that was met."""
+    found: dict[str, dict[str, Any]] = {}
+    mixed: dict[str, list[str]] = {}
     for training in runs:
         for outcome in evaluate.recorded(training):
-            fingerprints.setdefault(outcome.benchmark, set()).add(outcome.fingerprint)
-    return sorted(name for name, found in fingerprints.items() if len(found) > 1)
+            first = found.setdefault(outcome.benchmark, outcome.protocol)
+            for difference in protocol.describe_difference(first, outcome.protocol):
+                if difference not in (known := mixed.setdefault(outcome.benchmark, [])):
+                    known.append(difference)
+    return dict(sorted(mixed.items()))

@@ -1,42 +1,147 @@
-"""Evaluation of a checkpoint on the test split: every benchmark of its data set, each with its protocol."""
+"""Evaluation of a checkpoint, or an ensemble, on the test split: the benchmarks of its data set with their protocol."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from setwise.pipelines import benchmarks, index, prepare, trained_model
-from setwise.pipelines.benchmarks import Outcome, Ranking
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors import numpy as arrays
+
+from setwise.pipelines import benchmarks, crisscrossed, index, prepare, trained_model
+from setwise.pipelines.benchmarks import Encoded, Kind, Outcome, QueryRanks
+from setwise.pipelines.prepare import Prepared
+from setwise.pipelines.ranking import Member, Ties
 from setwise.pipelines.references import Reference
-from setwise.platform import storage
+from setwise.pipelines.trained_model import TrainedModel
+from setwise.platform import config, storage
+from setwise.platform.errors import ConfigError, DataError
 from setwise.platform.run import Run
 from setwise.platform.tracking import Outbox
 
+Say = Callable[[str], None]
+OFFICIAL = ".official_ties"
+"""Ends the name under which a benchmark with the authors' order of ties is kept: beside the other, never over it."""
 
-def evaluate(reference: Reference, store: Path) -> list[Outcome]:
-    """Measure all benchmarks. With a checkpoint of a run they are recorded, and not measured again."""
-    model = trained_model.load(reference.checkpoint)
-    prepared = prepare.open_prepared(model.recipe.data.name, store)
-    measured_on = {"weights": model.digest, "data": prepared.fingerprint}
-    if reference.run is not None and (before := recorded(reference.run, measured_on)):
-        return before
-    split = index.open_split(model, prepared, "test")
-    sets = index.embeddings(model, prepared, split, store)
-    ranking = Ranking(
-        scores=model.scores(sets.image_sets, sets.text_sets).numpy(),
-        owners=sets.owners.numpy(),
-        image_ids=sets.image_ids.numpy(),
-        caption_ids=sets.caption_ids.numpy(),
-        similarity={"kind": model.recipe.similarity.kind},
+
+def evaluate(
+    references: Sequence[Reference],
+    store: Path,
+    *,
+    names: Sequence[str] | None = None,
+    ties: Ties = "pessimistic",
+    cxc: Path | None = None,
+    say: Say = lambda message: None,
+) -> list[Outcome]:
+    """Measure benchmarks on the test split.
+
+    Of one reference they are recorded with its run, and not measured again while weights, data, ties and ratings stay
+    the same. Several are an ensemble: their scores are averaged, and the values belong to no run.
+
+    Args:
+        names: the benchmarks to measure; None for all that the data has the truth for.
+        ties: see benchmarks.measure; outcomes with "official" end in `OFFICIAL`.
+        cxc: folder of CxC's ratings; None for STORE/data/cxc if there is such a folder.
+
+    Raises:
+        ConfigError: no benchmark is called so, or the members of an ensemble have different data.
+        DataError: a benchmark that was asked for by name cannot be measured, or a file is damaged.
+    """
+    models = [trained_model.load(reference.checkpoint) for reference in references]
+    dataset = models[0].recipe.data.name
+    for model, reference in zip(models, references, strict=True):
+        if model.recipe.data.name != dataset:
+            raise ConfigError(
+                f"{references[0].label} reads data set '{dataset}' and {reference.label} '{model.recipe.data.name}'; "
+                "scores can be averaged only over the same images and captions"
+            )
+    kinds = benchmarks.kinds(dataset)
+    for name in names or ():
+        if name not in kinds:
+            raise config.no_such("benchmark", name, tuple(kinds))
+    wanted = {name: kind for name, kind in kinds.items() if names is None or name in names}
+    prepared = prepare.open_prepared(dataset, store)
+    cxc = cxc or (default if (default := store / "data" / "cxc").is_dir() else None)
+
+    run = references[0].run if len(references) == 1 else None
+    inputs: dict[str, dict[str, Any]] = {}
+    for name, kind in wanted.items():
+        inputs[name] = {"weights": models[0].digest, "data": prepared.fingerprint, "ties": ties}
+        if kind == "cxc":
+            inputs[name]["ratings"] = crisscrossed.fingerprints(cxc) if cxc else None
+    done: dict[str, Outcome] = {}
+    for name in wanted:
+        before = _still_true(run, _kept_as(name, ties), inputs[name]) if run is not None else None
+        if before is not None:
+            done[name] = before
+    missing = {name: kind for name, kind in wanted.items() if name not in done}
+    if missing:
+        for name, outcome in _measure(missing, models, prepared, store, ties, cxc, names is not None, say).items():
+            done[name] = replace(outcome, benchmark=_kept_as(name, ties))
+            if run is not None:
+                record(run, done[name], inputs[name], int(models[0].metadata["epoch"]))
+    return [done[name] for name in wanted if name in done]
+
+
+def _measure(
+    wanted: dict[str, Kind],
+    models: Sequence[TrainedModel],
+    prepared: Prepared,
+    store: Path,
+    ties: Ties,
+    cxc: Path | None,
+    insist: bool,
+    say: Say,
+) -> dict[str, Outcome]:
+    """Those of the wanted benchmarks that the split has the truth for; with `insist`, all of them or an error."""
+    splits = [index.stored_or_made(model, prepared, "test", store) for model in models]
+    first = splits[0]
+    owners, image_ids, caption_ids = first.owners.numpy(), first.image_ids.numpy(), first.caption_ids.numpy()
+    extended = prepared.folder / "extended_positives"
+    for name, reason in benchmarks.unavailable(wanted, image_ids, caption_ids, owners, extended).items():
+        if insist:
+            raise DataError(f"{name} cannot be measured on the test split in {prepared.folder}: {reason}")
+        say(f"{name}: left out, since {reason}")
+        wanted = {other: kind for other, kind in wanted.items() if other != name}
+    if not wanted:
+        return {}
+    if "cxc" in wanted.values() and cxc is None:
+        files = ", ".join(f"{task}_test.csv" for task in crisscrossed.TASKS)
+        say(
+            "cxc: only between images and captions. Text-text and image-image retrieval and the correlations take "
+            f"{files} of Crisscrossed Captions in {store / 'data' / 'cxc'}, or in a folder that you name"
+        )
+    members = tuple(
+        Member(split.image_sets, split.text_sets, model.retrieval.similarity)
+        for split, model in zip(splits, models, strict=True)
     )
-    outcomes = benchmarks.measure(model.recipe.data.name, ranking, prepared.folder / "extended_positives")
-    if reference.run is not None:
-        for outcome in outcomes:
-            record(reference.run, outcome, measured_on, int(model.metadata["epoch"]))
-    return outcomes
+    encoded = Encoded(members, owners, image_ids, caption_ids)
+    measured = benchmarks.measure(wanted, encoded, extended=extended, cxc=cxc, ties=ties, device=models[0].device)
+    return dict(zip(wanted, measured, strict=True))
 
 
-def record(run: Run, outcome: Outcome, measured_on: dict[str, str], epoch: int) -> None:
-    """Keep an outcome with the run, and append it to the run's events."""
+def _kept_as(name: str, ties: Ties) -> str:
+    return name + OFFICIAL if ties == "official" else name
+
+
+def record(run: Run, outcome: Outcome, measured_on: dict[str, Any], epoch: int) -> None:
+    """Keep an outcome with the run, its ranks beside its values, and append it to the run's events.
+
+    What was kept of other weights or other data goes: values of one run that stand beside each other are of one model.
+    """
+    for file in run.evaluation.glob("*.json"):
+        content = storage.read_json(file)
+        if (content.get("weights"), content.get("data")) != (measured_on["weights"], measured_on["data"]):
+            file.unlink()
+            file.with_suffix(".safetensors").unlink(missing_ok=True)
+    tensors: dict[str, NDArray[np.integer]] = {}
+    for direction, one in outcome.ranks.items():
+        tensors |= {f"{direction}.ids": one.ids, f"{direction}.ranks": one.ranks}
+    storage.write_bytes(run.evaluation / f"{outcome.benchmark}.safetensors", arrays.save(tensors))
     storage.write_json(run.evaluation / f"{outcome.benchmark}.json", {**outcome.to_json(), **measured_on})
     outbox = Outbox(run.events)
     values = {f"{outcome.benchmark}/{name}": value for name, value in outcome.values.items()}
@@ -44,9 +149,36 @@ def record(run: Run, outcome: Outcome, measured_on: dict[str, str], epoch: int) 
     outbox.append({"kind": "tags", "values": {f"protocol.{outcome.benchmark}": outcome.fingerprint}})
 
 
-def recorded(run: Run, measured_on: dict[str, str] | None = None) -> list[Outcome]:
-    """What was measured of a run before; with `measured_on`, only if it was of those weights on that data."""
+def recorded(run: Run) -> list[Outcome]:
+    """What was measured of a run before, without the ranks."""
     contents = [storage.read_json(path) for path in sorted(run.evaluation.glob("*.json"))]
-    if measured_on is not None and any(content[key] != measured_on[key] for content in contents for key in measured_on):
-        return []
     return [Outcome(content["benchmark"], content["values"], content["protocol"]) for content in contents]
+
+
+def ranks(run: Run, benchmark: str) -> dict[str, QueryRanks]:
+    """The ranks that were recorded with a benchmark, by direction.
+
+    Raises:
+        DataError: there are none, or the file is damaged.
+    """
+    file = run.evaluation / f"{benchmark}.safetensors"
+    try:
+        tensors = arrays.load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{file}: no ranks can be read ({error}); measure again: setwise eval {run.name}") from error
+    directions = [name.removesuffix(".ids") for name in tensors if name.endswith(".ids")]
+    return {one: QueryRanks(tensors[f"{one}.ids"], tensors[f"{one}.ranks"]) for one in directions}
+
+
+def _still_true(run: Run, benchmark: str, measured_on: dict[str, Any]) -> Outcome | None:
+    """A recorded outcome, if it was measured on just this and its ranks are there."""
+    file = run.evaluation / f"{benchmark}.json"
+    if not file.is_file():
+        return None
+    content = storage.read_json(file)
+    if any(key not in content or content[key] != value for key, value in measured_on.items()):
+        return None
+    try:
+        return Outcome(benchmark, content["values"], content["protocol"], ranks(run, benchmark))
+    except DataError:
+        return None

@@ -1,39 +1,146 @@
-"""Retrieval metrics from scores and the truth about which pairs match.
+"""Retrieval metrics from ranks, and the ranks of what is true of a query.
 
-Ranks are pessimistic: a negative with the same score as a positive counts as ranked before it, so a model that gives
-every pair one score gets the lowest value there is, not the luck of the sort.
+Ranks count from 1 and are pessimistic unless said otherwise: a negative with the same score as a positive counts as
+ranked before it, so a model that gives every pair one score gets the lowest value there is, not the luck of the sort.
 
-Shape suffixes: I images, T captions, Q queries, G gallery items.
+Shape suffixes: I images, T captions, Q queries, G gallery items, P pairs of a query and an item that is true of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from setwise.pipelines.ranking import Ties
+
 Scores = NDArray[np.floating]
 Truth = NDArray[np.bool_]
+Integers = NDArray[np.int64]
+Ranks = NDArray[np.integer]
 
 DIRECTIONS = ("i2t", "t2i")
+KS = (1, 5, 10)
 
 
-def ranks_of_best_positive(scores_QG: Scores, positives_QG: Truth) -> NDArray[np.int64]:
-    """Rank, from 1, of each query's best positive: one more than the negatives that score at least as high. (Q,).
+def recalls(ranks: Mapping[str, Ranks], ks: Sequence[int] = KS) -> dict[str, float]:
+    """R@K of each direction: the share of queries whose best positive is among the first K.
+
+    Args:
+        ranks: by direction, (Q,) the rank of each query's best positive.
+
+    Returns:
+        `i2t_R1` ... in percent.
+
+    Raises:
+        ValueError: a direction has no query.
+    """
+    values: dict[str, float] = {}
+    for direction, ranks_Q in ranks.items():
+        _check_asked(ranks_Q)
+        values |= {f"{direction}_R{k}": float((ranks_Q <= k).mean() * 100) for k in ks}
+    return values
+
+
+def best_rank_metrics(ranks: Mapping[str, Ranks], ks: Sequence[int] = KS) -> dict[str, float]:
+    """What is reported where one positive is enough: `recalls`, their sum `rsum`, and median and mean rank."""
+    values = recalls(ranks, ks)
+    rsum = sum(values.values())
+    for direction, ranks_Q in ranks.items():
+        values[f"{direction}_median_rank"] = float(np.median(ranks_Q))
+        values[f"{direction}_mean_rank"] = float(ranks_Q.mean())
+    return values | {"rsum": rsum}
+
+
+def precisions(ranks_P: Ranks, row_P: Integers, relevant_Q: Integers) -> dict[str, float]:
+    """mAP@R, R-Precision and R@1 where queries have many positives (Musgrave et al. 2020; ECCV Caption, 2022).
+
+    For a query with R positives, of which the j-th best has rank r_j: R-Precision is the share of the first R places
+    that are positive; AP@R is the mean over R of j / r_j for r_j <= R.
+
+    Args:
+        ranks_P: rank of each pair among all items; what is beyond R need not be exact.
+        row_P: the query of each pair, 0 to Q-1, ascending.
+        relevant_Q: R, the number of positives, those that the gallery does not hold included.
+
+    Returns:
+        `map_at_r`, `r_precision`, `R1` in percent.
+
+    Raises:
+        ValueError: there is no query.
+    """
+    _check_asked(relevant_Q)
+    order_P = np.lexsort((ranks_P, row_P))
+    ranks_P = ranks_P[order_P]
+    place_P = np.arange(1, len(row_P) + 1) - np.searchsorted(row_P, row_P)
+    hit_P = ranks_P <= relevant_Q[row_P]
+    queries = len(relevant_Q)
+    average_Q = np.bincount(row_P, np.where(hit_P, place_P / ranks_P, 0), queries) / relevant_Q
+    precision_Q = np.bincount(row_P, hit_P, queries) / relevant_Q
+    first_Q = np.bincount(row_P, ranks_P == 1, queries)
+    return {
+        "map_at_r": float(average_Q.mean() * 100),
+        "r_precision": float(precision_Q.mean() * 100),
+        "R1": float(first_Q.mean() * 100),
+    }
+
+
+def places(query_P: Integers, item_P: Integers, scores_P: Scores, ties: Ties) -> tuple[Integers, Integers]:
+    """The order of each query's positives among themselves, which turns what is ahead of a pair into its rank.
+
+    A positive is not pushed back by another positive of the same score: two captions of one image may be the same
+    sentence. So rank = (items ahead) - (positives counted among them) + place + 1.
+
+    Args:
+        query_P, item_P, scores_P: all positives in the gallery, by query.
+        ties: as the items ahead are counted: all of the same score, or those with a later index.
+
+    Returns:
+        (P,) place of each pair among its query's, from 0, the best first; (P,) how many of the query's other
+        positives count as ahead of it.
+
+    Raises:
+        ValueError: a score is NaN.
+    """
+    if np.isnan(scores_P).any():
+        raise ValueError("a score is NaN: the model has diverged, and no ranking of it means anything")
+    order = np.lexsort((-item_P, -scores_P, query_P))
+    query, scores = query_P[order], scores_P[order]
+    first = np.searchsorted(query, query)
+    place = np.arange(len(query)) - first
+    ahead = place
+    if ties == "pessimistic" and len(query):
+        ends_group = np.append((query[1:] != query[:-1]) | (scores[1:] != scores[:-1]), True)
+        last = np.flatnonzero(ends_group)[np.cumsum(ends_group) - ends_group]
+        ahead = last - first
+    place_P, ahead_P = np.empty_like(place), np.empty_like(ahead)
+    place_P[order], ahead_P[order] = place, ahead
+    return place_P, ahead_P
+
+
+def ranks_of_best_positive(scores_QG: Scores, positives_QG: Truth) -> Integers:
+    """Rank of each query's best positive: one more than the negatives that score at least as high. (Q,).
 
     Raises:
         ValueError: shapes differ, a score is NaN, or a query has no positive.
     """
-    _check(scores_QG, positives_QG)
-    best_Q = np.where(positives_QG, scores_QG, -np.inf).max(axis=1)
+    if scores_QG.shape != positives_QG.shape or scores_QG.ndim != 2:
+        raise ValueError(f"scores {scores_QG.shape} and positives {positives_QG.shape} must be equal matrices")
+    if np.isnan(scores_QG).any():
+        raise ValueError("a score is NaN: the model has diverged, and no ranking of it means anything")
+    if not positives_QG.any(axis=1).all():
+        raise ValueError(f"{int((~positives_QG.any(axis=1)).sum())} queries have no positive")
+    best_Q = np.where(positives_QG, scores_QG, -np.inf).max(axis=1, initial=-np.inf)
     ahead_QG = (scores_QG >= best_Q[:, None]) & ~positives_QG
-    ranks: NDArray[np.int64] = ahead_QG.sum(axis=1) + 1
+    ranks: Integers = ahead_QG.sum(axis=1) + 1
     return ranks
 
 
-def retrieval_metrics(scores: Scores, positives: Truth, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """R@K in both directions and their sum.
+def retrieval_metrics(scores: Scores, positives: Truth, ks: Sequence[int] = KS) -> dict[str, float]:
+    """R@K in both directions and their sum, of a matrix of scores.
 
     Args:
         scores: (I, T), higher is more alike.
@@ -42,62 +149,29 @@ def retrieval_metrics(scores: Scores, positives: Truth, ks: Sequence[int] = (1, 
 
     Returns:
         `i2t_R1` ... `t2i_R10` and `rsum` in percent; `i2t_median_rank` and `i2t_mean_rank` likewise for both.
+
+    Raises:
+        ValueError: shapes differ, a score is NaN, a query has no positive, or there is none.
     """
-    metrics: dict[str, float] = {}
-    for direction, (scores_QG, positives_QG) in zip(
-        DIRECTIONS, ((scores, positives), (scores.T, positives.T)), strict=True
-    ):
-        ranks = ranks_of_best_positive(scores_QG, positives_QG)
-        metrics |= {f"{direction}_R{k}": float((ranks <= k).mean() * 100) for k in ks}
-        metrics |= {f"{direction}_median_rank": float(np.median(ranks)), f"{direction}_mean_rank": float(ranks.mean())}
-    metrics["rsum"] = sum(metrics[f"{direction}_R{k}"] for direction in DIRECTIONS for k in ks)
-    return metrics
+    sides = zip(DIRECTIONS, ((scores, positives), (scores.T, positives.T)), strict=True)
+    return best_rank_metrics({direction: ranks_of_best_positive(*side) for direction, side in sides}, ks)
 
 
-def ranked_positives_metrics(scores_QG: Scores, positives_QG: Truth) -> dict[str, float]:
-    """mAP@R, R-Precision and R@1 where queries have many positives (Musgrave et al. 2020; ECCV Caption, 2022).
+def chance_rsum(images: int, captions: int, per_image: int, ks: Sequence[int] = KS) -> float:
+    """Expected RSUM of a random ranking, in percent: each caption has one image, each image `per_image` captions.
 
-    For a query with R positives, of which the j-th best has rank r_j: R-Precision is the share of the first R places
-    that are positive; AP@R is the mean over R of j / r_j for r_j <= R.
-
-    Args:
-        scores_QG: (Q, G). Queries without any positive are left out.
-        positives_QG: (Q, G) bool.
-
-    Returns:
-        `map_at_r`, `r_precision`, `R1` in percent.
+    Raises:
+        ValueError: there is no image, or an image has no caption.
     """
-    asked = positives_QG.any(axis=1)
-    _check(scores_QG[asked], positives_QG[asked])
-    average, precision, first = [], [], []
-    for scores_G, positives_G in zip(scores_QG[asked], positives_QG[asked], strict=True):
-        own = np.sort(scores_G[positives_G])[::-1]
-        others = np.sort(scores_G[~positives_G])
-        ahead = len(others) - np.searchsorted(others, own, side="left")
-        place = np.arange(1, len(own) + 1)
-        rank = ahead + place
-        hit = rank <= len(own)
-        average.append((place[hit] / rank[hit]).sum() / len(own))
-        precision.append(hit.mean())
-        first.append(rank[0] == 1)
-    return {
-        "map_at_r": float(np.mean(average) * 100),
-        "r_precision": float(np.mean(precision) * 100),
-        "R1": float(np.mean(first) * 100),
-    }
-
-
-def chance_rsum(images: int, captions: int, per_image: int, ks: Sequence[int] = (1, 5, 10)) -> float:
-    """Expected RSUM of a random ranking, in percent: each caption has one image, each image `per_image` captions."""
-    i2t = sum(1 - np.prod([(captions - per_image - j) / (captions - j) for j in range(k)]) for k in ks)
+    if images < 1 or not 1 <= per_image <= captions:
+        raise ValueError(f"{images} images with {per_image} of {captions} captions each: nothing could be found")
+    # Without enough negatives to fill K places a factor is 0, and something true is found for certain.
+    missed = [np.prod([max(0, captions - per_image - j) / (captions - j) for j in range(min(k, captions))]) for k in ks]
+    i2t = sum(1 - miss for miss in missed)
     t2i = sum(min(1.0, k / images) for k in ks)
     return float(i2t + t2i) * 100
 
 
-def _check(scores_QG: Scores, positives_QG: Truth) -> None:
-    if scores_QG.shape != positives_QG.shape or scores_QG.ndim != 2:
-        raise ValueError(f"scores {scores_QG.shape} and positives {positives_QG.shape} must be equal matrices")
-    if np.isnan(scores_QG).any():
-        raise ValueError("a score is NaN: the model has diverged, and no ranking of it means anything")
-    if not positives_QG.any(axis=1).all():
-        raise ValueError(f"{int((~positives_QG.any(axis=1)).sum())} queries have no positive")
+def _check_asked(queries: NDArray[np.integer]) -> None:
+    if not len(queries):
+        raise ValueError("there is no query to measure")

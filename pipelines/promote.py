@@ -53,7 +53,7 @@ def promote(
     """
     if reference.run is None:
         raise ConfigError(f"'{reference.label}' belongs to no run here, so its lineage cannot be recorded")
-    outcomes = evaluate(reference, store)
+    outcomes = evaluate([reference], store)
     model = trained_model.load(reference.checkpoint)
     name = registry.model_name(model.recipe.data.name)
     with storage.lease(store / "registry" / f"{name}.lease", f"promotion of {name}"):
@@ -119,8 +119,9 @@ def _create_model(tracker: Tracker, name: str) -> None:
 
 
 def _measured(outcomes: list[Outcome]) -> dict[str, Measured]:
+    """The gate's values, under the protocol without the similarity: each model is served with its own."""
     return {
-        f"{outcome.benchmark}/{metric}": Measured(outcome.values[metric], outcome.fingerprint)
+        f"{outcome.benchmark}/{metric}": Measured(outcome.values[metric], outcome.task)
         for outcome in outcomes
         for metric in GATE_METRICS
         if metric in outcome.values

@@ -28,7 +28,7 @@ BLOCK = 1 << 24
 @dataclass(frozen=True)
 class Side:
     """One direction: lists (Q,M) of item ids by descending similarity, one for each query of the split in its order;
-    item_ids (G,) the gallery; the fold of each query and of each item, -1 for none."""
+    item_ids (G,) the gallery; the fold of each query and of each item."""
 
     lists: Integers
     item_ids: Integers
@@ -126,10 +126,10 @@ def within_folds(side: Side, depth: int) -> Integers:
     """
     kept = np.full((len(side.lists), depth), -1)
     have = np.zeros(len(side.lists), dtype=np.int64)
-    enough = np.minimum(np.bincount(side.item_fold + 1, minlength=FOLDS + 1), depth)
-    enough[0] = 0  # of queries without a fold
-    need = enough[side.fold + 1]
-    fold_or_none = np.append(side.item_fold, -2).astype(np.int8)  # the last for ids that are not there
+    enough = np.minimum(np.bincount(side.item_fold, minlength=FOLDS + 1), depth)
+    enough[FOLDS] = 0  # of queries after the last fold
+    need = enough[side.fold]
+    fold_or_none = np.append(side.item_fold, -1).astype(np.int8)  # the last for ids that are not there
     start, width = 0, 8 * depth
     while len(rows := np.flatnonzero(have < need)) and start < side.lists.shape[1]:
         block = side.lists[rows, start : start + width]

@@ -8,32 +8,50 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from setwise.pipelines import protocol
 from setwise.pipelines.benchmarks import Outcome
 from setwise.pipelines.compare import VALIDATION, Comparison
+from setwise.pipelines.metrics import KS
+from setwise.pipelines.prepare import Prepared
 from setwise.pipelines.search import Answer
 
-RECALLS = tuple(f"{direction}_R{k}" for direction in ("i2t", "t2i") for k in (1, 5, 10))
+COLUMNS = {
+    **{f"R{k}": f"R@{k}" for k in KS},
+    "map_at_r": "mAP@R",
+    "r_precision": "R-Precision",
+    "median_rank": "median rank",
+    "mean_rank": "mean rank",
+}
+"""What may be reported of a direction, by the end of its name."""
+DIRECTIONS = {"i2t": "image to text", "t2i": "text to image", "t2t": "text to text", "i2i": "image to image"}
+CORRELATIONS = {"sts": "text and text", "sis": "image and image", "sits": "image and text"}
 COMPARED = ("rsum", "t2i_map_at_r")
 
 
 def outcome(measured: Outcome) -> RenderableType:
-    """The values of one benchmark, with the protocol they were measured under."""
-    protocol = measured.protocol
-    folds = f"{protocol['folds']} x {protocol['images_per_fold']:,} images" if "images_per_fold" in protocol else ""
-    gallery = folds or f"{protocol['images']:,} images, {protocol['captions']:,} captions"
-    title = f"{measured.benchmark}: {gallery}, {protocol['grouping']}, protocol {measured.fingerprint}"
+    """The values of one benchmark, a direction a row, with the protocol they were measured under."""
+    values = measured.values
     table = Table()
-    ranked = [name for name in measured.values if "rank" not in name]
-    names = ranked if "rsum" not in measured.values else [*RECALLS, "rsum"]
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
-    table.add_row(*(f"{measured.values[name]:.1f}" for name in names))
-    return Group(Text(title), table)
+    table.add_column(measured.benchmark)
+    columns = [end for end in COLUMNS if any(f"{direction}_{end}" in values for direction in DIRECTIONS)]
+    for end in columns:
+        table.add_column(COLUMNS[end], justify="right")
+    for direction, words in DIRECTIONS.items():
+        numbers = [values.get(f"{direction}_{end}") for end in columns]
+        if any(number is not None for number in numbers):
+            table.add_row(words, *("" if number is None else f"{number:.1f}" for number in numbers))
+    sums = [f"RSUM {values['rsum']:.1f}"] if "rsum" in values else []
+    for task, words in CORRELATIONS.items():
+        if f"{task}_spearman" in values:
+            mean, deviation = values[f"{task}_spearman"], values[f"{task}_spearman_std"]
+            sums.append(f"{task.upper()} ({words}), Spearman with the ratings: {mean:.1f} ± {deviation:.1f}")
+    said = f"{measured.benchmark}: {protocol.in_words(measured.protocol)}; protocol {measured.fingerprint}"
+    return Group(Text(said), table, *map(Text, sums))
 
 
-def comparison(compared: Comparison) -> Table:
+def comparison(compared: Comparison) -> RenderableType:
     """Runs beside each other: the settings that differ, then what was measured."""
-    table = Table(caption_justify="left")
+    table = Table()
     table.add_column("run")
     table.add_column("status")
     table.add_column("epochs", justify="right")
@@ -51,10 +69,9 @@ def comparison(compared: Comparison) -> Table:
         shown = [plain(row.settings[name]) for name in settings]
         numbers = [f"{row.values[name]:.1f}" if name in row.values else "" for name in values]
         table.add_row(row.name, row.status, str(row.epochs), *shown, *numbers)
-    if compared.mixed:
-        table.caption = (
-            f"left out, since protocols differ: {', '.join(compared.mixed)}; measure them again: setwise eval"
-        )
+    left_out = [f"  {name}: {'; '.join(fields)}" for name, fields in compared.mixed.items()]
+    if left_out:
+        return Group(table, Text("\n".join(["left out, since measured under protocols that differ:", *left_out])))
     return table
 
 
@@ -72,3 +89,27 @@ def answer(query: str, found: Answer) -> RenderableType:
 def plain(value: Any) -> str:
     """A setting's value, short."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def prepared(data: Prepared, shown: int = 20) -> RenderableType:
+    """What was prepared, of which files, and the first `shown` of what was left out."""
+    manifest = data.manifest
+    settings = ", ".join(f"{name} {value}" for name, value in manifest["settings"].items())
+    lines = [
+        f"{manifest['name']}: {data.describe()}",
+        f"prepared in {data.folder}, fingerprint {data.fingerprint}",
+        f"from {manifest['source']['folder']}: {', '.join(manifest['source']['files'])}",
+        f"{manifest['kind']}, vocabulary of the training captions; {settings}",
+        *manifest["source"]["notes"],
+    ]
+    for split, one in manifest["features"].items():
+        lines.append(f"features of {split}: {one['file']}, {one['rows']:,} x {one['regions']} x {one['width']}")
+    left_out = manifest["quarantine"]
+    if not left_out:
+        return Text("\n".join(lines))
+    table = Table("image", "caption", "file", "left out because")
+    for bad in left_out[:shown]:
+        ids = ["" if bad[key] is None else str(bad[key]) for key in ("image_id", "caption_id")]
+        table.add_row(*ids, Text(bad["path"]), Text(bad["reason"]))
+    more = f"and {len(left_out) - shown:,} more; all with --json" if len(left_out) > shown else ""
+    return Group(Text("\n".join(lines)), table, Text(more))

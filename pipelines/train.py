@@ -6,6 +6,7 @@ any moment: the loop starts from the newest checkpoint that verifies, wherever R
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from setwise.models.batch_loss import LossParts, batch_loss
-from setwise.pipelines import batches, metrics, optimizer, prepare, pretrained, records, trained_model, workers
+from setwise.pipelines import batches, optimizer, prepare, pretrained, query_ranks, records, trained_model, workers
 from setwise.pipelines.batches import Share, Split
+from setwise.pipelines.ranking import Member
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.trained_model import Retrieval
 from setwise.pipelines.workers import Worker
@@ -109,26 +111,34 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
         failure = torch.full((len(LossParts._fields) + 2,), -1.0, device=device)
 
         shares = batches.training_batches(
-            training, config.batch_size, config.seed, epoch, worker.rank, worker.world, config.drop_last
+            training,
+            config.batch_size,
+            config.seed,
+            epoch,
+            worker.rank,
+            worker.world,
+            config.drop_last,
+            config.loader_threads,
         )
-        for number, share in enumerate(shares):
-            step = (epoch - 1) * steps_per_epoch + number
-            rate = optimizer.learning_rate(recipe.optimizer, step, total_steps, steps_per_epoch)
-            optimizer.set_learning_rate(adamw, rate)
+        with contextlib.closing(shares):  # whatever is made ahead ends with the loop
+            for number, share in enumerate(shares):
+                step = (epoch - 1) * steps_per_epoch + number
+                rate = optimizer.learning_rate(recipe.optimizer, step, total_steps, steps_per_epoch)
+                optimizer.set_learning_rate(adamw, rate)
 
-            parts = global_loss(forward, retrieval, share.to(device), recipe, step / steps_per_epoch, worker)
-            norm = update(parts.total, retrieval, adamw, scaler, recipe.optimizer.clip_norm)
+                parts = global_loss(forward, retrieval, share.to(device), recipe, step / steps_per_epoch, worker)
+                norm = update(parts.total, retrieval, adamw, scaler, recipe.optimizer.clip_norm)
 
-            # Numbers stay on the device: to look at one would wait for the GPU.
-            updated = norm.isfinite()  # in fp16 a gradient may overflow
-            overflows = torch.where(updated, 0.0, overflows + 1)
-            may_overflow = overflows <= (MAX_OVERFLOWS if scaler.is_enabled() else 0)
-            failure = _first_failure(failure, step, parts, norm, may_overflow)
-            if device.type == "cpu" or number % LOOK_EVERY == LOOK_EVERY - 1:
-                _stop_at(failure, steps_per_epoch)
-            counted = {**parts._asdict(), "gradient_norm": torch.where(updated, norm, 0.0), "updates": updated}
-            for name, value in counted.items():
-                sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
+                # Numbers stay on the device: to look at one would wait for the GPU.
+                updated = norm.isfinite()  # in fp16 a gradient may overflow
+                overflows = torch.where(updated, 0.0, overflows + 1)
+                may_overflow = overflows <= (MAX_OVERFLOWS if scaler.is_enabled() else 0)
+                failure = _first_failure(failure, step, parts, norm, may_overflow)
+                if device.type == "cpu" or number % LOOK_EVERY == LOOK_EVERY - 1:
+                    _stop_at(failure, steps_per_epoch)
+                counted = {**parts._asdict(), "gradient_norm": torch.where(updated, norm, 0.0), "updates": updated}
+                for name, value in counted.items():
+                    sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
         _stop_at(failure, steps_per_epoch)
 
         # The epoch's end: validate, checkpoint, then tell; in this order, so that what was told can be found again.
@@ -137,7 +147,7 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
         values |= {f"train/{name}": float(value) / steps_per_epoch for name, value in sums.items()}
         values["train/gradient_norm"] *= steps_per_epoch / max(updates, 1)
         if worker.rank == 0:
-            values |= validate(retrieval, validation, config.eval_batch_size, device)
+            values |= validate(retrieval, validation, config.eval_batch_size, device, config.loader_threads)
         values["train/seconds"] = seconds_before + time.monotonic() - started
         history = [*history, values]
         if outbox is not None:
@@ -187,12 +197,14 @@ def update(
     return norm
 
 
-def validate(retrieval: Retrieval, split: Split, batch_size: int, device: torch.device) -> dict[str, float]:
+def validate(
+    retrieval: Retrieval, split: Split, batch_size: int, device: torch.device, threads: int = 0
+) -> dict[str, float]:
     """R@K and RSUM on the validation split, as `val/...`; draws no random number."""
-    sets = trained_model.embed(retrieval.retriever, split, batch_size, device)
-    scores = trained_model.score(retrieval.similarity, sets.image_sets, sets.text_sets, device).numpy()
-    positives = (sets.owners[None, :] == torch.arange(len(split))[:, None]).numpy()
-    return {f"val/{name}": value for name, value in metrics.retrieval_metrics(scores, positives).items()}
+    sets = trained_model.embed(retrieval.retriever, split, batch_size, device, threads)
+    members = [Member(sets.image_sets, sets.text_sets, retrieval.similarity)]
+    values = query_ranks.own_metrics(members, sets.owners.numpy(), device)
+    return {f"val/{name}": value for name, value in values.items()}
 
 
 def _name(epoch: int) -> str:

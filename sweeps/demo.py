@@ -73,7 +73,7 @@ def run_demo(store: Path, tracker: Tracker, size: str, say: Say, results: Consol
 
     step("evaluate: the best trial on the test split, every benchmark")
     best = references.resolve(outcome.best.name, store, tracker)
-    measured = evaluate.evaluate(best, store)
+    measured = evaluate.evaluate([best], store, say=say)
     for one in measured:
         results.print(tables.outcome(one))
 

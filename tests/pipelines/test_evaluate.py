@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from setwise.models.retriever import SetRetriever
 from setwise.pipelines import (
@@ -26,7 +27,7 @@ from setwise.pipelines import (
 )
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.references import Reference
-from setwise.pipelines.trained_model import Retrieval
+from setwise.pipelines.trained_model import Embeddings, Retrieval, TrainedModel
 from setwise.platform import checkpoint, run, seeding, storage
 from setwise.platform.errors import ConfigError, DataError
 from setwise.platform.run import Run
@@ -50,6 +51,13 @@ def untrained(place: Path, recipe: Recipe, name: str, seed: int = 0) -> Referenc
     metadata = {"epoch": 1, "recipe": recipe.model_dump(mode="json"), "vocabulary": list(words.words)}
     checkpoint.save(made.checkpoints / "epoch_0001", retrieval.state_dict(), metadata, None)
     return Reference(name, made.checkpoints / "epoch_0001", made)
+
+
+@torch.inference_mode()
+def matrix(model: TrainedModel, sets: Embeddings) -> NDArray[np.float64]:
+    """All scores of a split."""
+    found: NDArray[np.float64] = model.retrieval.similarity(sets.image_sets.double(), sets.text_sets.double()).numpy()
+    return found
 
 
 def forbidden(*_: Any, **__: Any) -> Any:
@@ -134,10 +142,11 @@ def test_an_ensemble_averages_scores_and_is_recorded_with_nobody(place: Path, ti
         model = trained_model.load(reference.checkpoint)
         sets = index.stored(model, prepared, "test", place)
         assert sets is not None
-        matrices.append(model.scores(sets.image_sets, sets.text_sets).double().numpy())
+        matrices.append(matrix(model, sets))
         assert reference.run is not None and evaluate.recorded(reference.run) == []
     owners = np.repeat(np.arange(50), 5)
-    expected = metrics.retrieval_metrics(sum(matrices) / 2, owners[None, :] == np.arange(50)[:, None])
+    scores = (sum(matrices) / 2).astype(np.float32)
+    expected = metrics.retrieval_metrics(scores, owners[None, :] == np.arange(50)[:, None])
     assert together.values == pytest.approx(expected)
     assert together.protocol["members"] == 2
     assert [one["alpha"] for one in together.protocol["similarity"]] == [tiny_recipe.similarity.alpha, 4]
@@ -179,12 +188,10 @@ def test_ratings_are_looked_for_and_their_place_is_said(
     test = np.load(positives.package_data() / "coco_test_ids.npy", allow_pickle=False)[:250]
     stored = index.stored_or_made
 
-    def as_coco(*arguments: Any) -> trained_model.Embeddings:
+    def as_coco(*arguments: Any) -> Embeddings:
         sets = stored(*arguments)
         images = torch.tensor([truth[str(caption)][0] for caption in test[::5]])
-        return trained_model.Embeddings(
-            sets.image_sets, sets.text_sets, images, torch.from_numpy(test), owners=sets.owners
-        )
+        return Embeddings(sets.image_sets, sets.text_sets, images, torch.from_numpy(test), owners=sets.owners)
 
     monkeypatch.setattr(index, "stored_or_made", as_coco)
     monkeypatch.setattr(benchmarks, "family", lambda dataset: "coco")
@@ -235,6 +242,6 @@ def test_validation_gives_the_values_of_the_whole_matrix(place: Path, tiny_recip
     values = train.validate(model.retrieval, split, 7, model.device)
     sets = trained_model.embed(model.retrieval.retriever, split, 7, model.device)
     owners = sets.owners.numpy()
-    scores = model.scores(sets.image_sets, sets.text_sets).numpy()
+    scores = matrix(model, sets).astype(np.float32)
     expected = metrics.retrieval_metrics(scores, owners[None, :] == np.arange(30)[:, None])
     assert values == pytest.approx({f"val/{name}": value for name, value in expected.items()})

@@ -1,0 +1,311 @@
+"""How many items are ahead of the right one: ranks of whole galleries without sorting and without the score matrix.
+
+One pass over blocks of pairs answers every question: both directions, the whole gallery and its folds, any number of
+pairs asked of one query. A block is computed by the fastest product there is, int8 for one, with a proven bound on its
+error (screens.py, pooling.py). An item whose score is farther than that from the asked one is counted; the few others
+are computed in float32, and those that are still too near in float64 (exact_scores.py), where ties are seen. If too
+many of a block are near, as in a model that has collapsed, all of it is computed in the next precision.
+
+So ranks are those of the exact scores, whatever the screen, the blocks, the threads and the device.
+
+Shape suffixes: R rows and C columns of a block; Q queries and G gallery items, the same from one side; A asked pairs;
+B pairs inside a bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from setwise.pipelines import exact_scores, screens
+from setwise.pipelines.block_scores import Block, Comparison, Integers, Scores
+from setwise.pipelines.exact_scores import Member as Member
+from setwise.pipelines.screens import Precision, Screen
+
+Ties = Literal["pessimistic", "official"]
+SHARE = 0.05
+"""Of a block's pairs: where more are near, computing all of them in the next precision is faster."""
+PATIENCE, PAUSE = 4, 32
+"""After so many such blocks in a row the screen is left out for so many."""
+SMALL = 1e9
+"""Multiplications of numbers below which it is not worth the time to find the fastest screen."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Pairs whose rank is asked: query (P,) index on the asking side, item (P,) index on the other.
+
+    limit (P,): how many items are ahead need not be known exactly beyond it, only that they are at least so many.
+    """
+
+    query: Integers
+    item: Integers
+    limit: Integers | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Of each asked pair: scores (P,) exact; ahead (P,) how many other items of the gallery are ahead of its item;
+    ahead_in_fold (P,) the same within the query's fold where folds were given, 0 where the query has none.
+
+    Where `ahead` has reached the limit, `ahead_in_fold` too is only a lower bound.
+    """
+
+    scores: NDArray[np.float32]
+    ahead: Integers
+    ahead_in_fold: Integers | None
+
+
+def pair_scores(members: Sequence[Member], row: Integers, column: Integers) -> NDArray[np.float32]:
+    """(P,) exact scores of pairs of a row and a column.
+
+    Raises:
+        ValueError: the members do not fit each other, or an embedding is not finite.
+    """
+    exact_scores.checked_lengths(members)
+    row_P, column_P = (torch.from_numpy(index).to(members[0].rows.device) for index in (row, column))
+    found: NDArray[np.float32] = exact_scores.of_pairs(members, row_P, column_P).cpu().numpy()
+    return found
+
+
+@torch.inference_mode()
+def score_matrix(members: Sequence[Member], device: torch.device | None = None) -> NDArray[np.float32]:
+    """(N,M) exact scores.
+
+    Raises:
+        ValueError: the members do not fit each other, or an embedding is not finite.
+    """
+    comparison = Comparison(members, device)
+    scores = np.empty((comparison.rows, comparison.columns), dtype=np.float32)
+    for block in comparison.blocks():
+        scores[block.rows, block.columns] = comparison.exact(block).cpu().numpy()
+    return scores
+
+
+@torch.inference_mode()
+def count_ahead(
+    members: Sequence[Member],
+    by_rows: Asked,
+    by_columns: Asked | None,
+    *,
+    folds: tuple[Integers, Integers] | None = None,
+    ties: Ties = "pessimistic",
+    device: torch.device | None = None,
+    screen: Screen | None = None,
+) -> tuple[Answers, Answers | None]:
+    """Count the items that are ahead of each asked one.
+
+    Args:
+        members: whose scores are averaged.
+        by_rows: pairs asked by rows, whose gallery are the columns.
+        by_columns: pairs asked by columns, whose gallery are the rows. None: none; and where one side is compared with
+            itself, half of the blocks are enough. (A query is an item like any other there.)
+        folds: number of the fold of each row and of each column, ascending, -1 for none. The item of an asked pair is
+            in its query's fold, if that has one.
+        ties: an item with an equal score is ahead; or, "official", only if its index is the larger, as in the authors'
+            ascending sort read backwards.
+        device: to compute on; None: where the members are.
+        screen: the precision that blocks are computed in at first; None: the fastest here. No answer depends on it.
+
+    Raises:
+        ValueError: the members do not fit each other, folds or asked pairs do not fit them, or an embedding is not
+            finite.
+    """
+    comparison = Comparison(members, device)
+    if folds is not None and not all(map(_are_folds, folds, (comparison.rows, comparison.columns))):
+        raise ValueError(
+            f"folds must be ascending numbers, one for each of {comparison.rows} rows and {comparison.columns} columns"
+        )
+    half = by_columns is None and exact_scores.is_symmetric(members)
+    row_scores, column_scores = _asked_scores(comparison, by_rows, by_columns)
+    row_tally = _Tally(comparison, by_rows, row_scores, ties)
+    column_tally = None if by_columns is None else _Tally(comparison, by_columns, column_scores, ties)
+    counting = _Counting(comparison, screen or _fastest(comparison))
+    with screens.full_precision():
+        for block in comparison.blocks(folds, half):
+            questions = [_Question(row_tally, block, transposed=False)]
+            if column_tally is not None:
+                questions.append(_Question(column_tally, block, transposed=True))
+            elif half and block.rows.stop <= block.columns.start:
+                questions.append(_Question(row_tally, block, transposed=True))
+            if questions := [question for question in questions if len(question.asks)]:
+                counting.answer(block, questions)
+    in_folds = folds is not None
+    return row_tally.answers(in_folds), None if column_tally is None else column_tally.answers(in_folds)
+
+
+def _are_folds(fold: Integers, size: int) -> bool:
+    return fold.shape == (size,) and not (np.diff(fold) < 0).any()
+
+
+def _fastest(comparison: Comparison) -> Screen:
+    multiplications = float(comparison.rows) * comparison.columns * comparison.width
+    for vectors in comparison.vectors_of_a_set:
+        multiplications *= vectors
+    return "float32" if multiplications < SMALL else screens.fastest(comparison.device, comparison.width)
+
+
+def _asked_scores(comparison: Comparison, by_rows: Asked, by_columns: Asked | None) -> tuple[Tensor, Tensor]:
+    """Exact scores of all asked pairs, each pair once however often it is asked."""
+    row, column = by_rows.query, by_rows.item
+    if by_columns is not None:
+        row, column = np.concatenate([row, by_columns.item]), np.concatenate([column, by_columns.query])
+    for index, size in ((row, comparison.rows), (column, comparison.columns)):
+        if len(index) and not 0 <= index.min() <= index.max() < size:
+            raise ValueError(f"pairs asked of {size} sets have indices {index.min()} to {index.max()}")
+    pairs, place = np.unique(row * max(comparison.columns, 1) + column, return_inverse=True)
+    each = (torch.from_numpy(index).to(comparison.device) for index in divmod(pairs, max(comparison.columns, 1)))
+    scores = exact_scores.of_pairs(comparison.members, *each)[torch.from_numpy(place).to(comparison.device)]
+    return scores[: len(by_rows.query)], scores[len(by_rows.query) :]
+
+
+class _Tally:
+    """The asked pairs of one direction in the order of their queries, and what was counted for them."""
+
+    def __init__(self, comparison: Comparison, asked: Asked, scores: Tensor, ties: Ties) -> None:
+        device = comparison.device
+        self.order = np.argsort(asked.query, kind="stable")
+        self.sorted_queries = asked.query[self.order]
+        order = torch.from_numpy(self.order).to(device)
+        self.query, self.item = (torch.from_numpy(index).to(device)[order] for index in (asked.query, asked.item))
+        self.limit = None if asked.limit is None else torch.from_numpy(asked.limit).to(device)[order]
+        self.scores, self.ties = scores[order], ties
+        # A true score that rounds to another float32 than the asked one lies beyond that one's neighbours, or on them.
+        self.below, self.above = (
+            torch.nextafter(self.scores, torch.tensor(infinity, device=device)).double()
+            for infinity in (-torch.inf, torch.inf)
+        )
+        self.ahead, self.ahead_in_fold = torch.zeros_like(self.query), torch.zeros_like(self.query)
+
+    def asks(self, queries: slice) -> Tensor:
+        """Indices of the pairs asked by some queries, but those that have reached their limit."""
+        start, stop = np.searchsorted(self.sorted_queries, (queries.start, queries.stop)).tolist()
+        asks = torch.arange(start, stop, device=self.query.device)
+        return asks if self.limit is None else asks[self.ahead[start:stop] < self.limit[start:stop]]
+
+    def open(self, asks: Tensor, more: Tensor) -> Tensor:
+        """Whether the limit lies beyond what was counted and `more`."""
+        return torch.ones_like(asks) if self.limit is None else self.ahead[asks] + more < self.limit[asks]
+
+    def add(self, asks: Tensor, counts: Tensor, in_fold: bool) -> None:
+        self.ahead.index_add_(0, asks, counts)
+        if in_fold:
+            self.ahead_in_fold.index_add_(0, asks, counts)
+
+    def is_ahead(self, scores: Tensor, items: Tensor, asks: Tensor) -> Tensor:
+        """Of exact scores. No item is ahead of itself."""
+        equal = scores == self.scores[asks]
+        equal &= items > self.item[asks] if self.ties == "official" else items != self.item[asks]
+        return equal | (scores > self.scores[asks])
+
+    def answers(self, in_folds: bool) -> Answers:
+        """In the order in which they were asked."""
+        back = np.empty_like(self.order)
+        back[self.order] = np.arange(len(back))
+        scores, ahead, in_fold = (x.cpu().numpy()[back] for x in (self.scores, self.ahead, self.ahead_in_fold))
+        return Answers(scores, ahead, in_fold if in_folds else None)
+
+
+class _Question:
+    """What one block has to say about the pairs asked by its rows, or, `transposed`, by its columns."""
+
+    def __init__(self, tally: _Tally, block: Block, *, transposed: bool) -> None:
+        self.tally, self.block, self.transposed = tally, block, transposed
+        self.queries, self.items = (block.columns, block.rows) if transposed else (block.rows, block.columns)
+        self.asks = tally.asks(self.queries)
+
+    def look(self, comparison: Comparison, scores: Scores) -> None:
+        """Count the items that are surely ahead, and those that may be."""
+        tally, asks = self.tally, self.asks
+        values_QG = scores.values.T if self.transposed else scores.values
+        query = tally.query[asks] - self.queries.start
+        reaches = [reach[query] for reach in (scores.column_reaches if self.transposed else scores.row_reaches)]
+        low, high = comparison.edges(tally.below[asks], tally.above[asks], reaches, torch.float32)
+        low, high = _outward(low, -torch.inf), _outward(high, torch.inf)
+        some = (values_QG.amax(1)[query] >= low).nonzero()[:, 0]
+        self.near, self.low, self.high = asks[some], low[some, None], high[some, None]
+        self.values_AG = values_QG[query[some]]
+        self.surely_A = (self.values_AG > self.high).sum(1)
+        self.within_A = (self.values_AG >= self.low).sum(1).sub_(self.surely_A)
+        self.within_A *= tally.open(self.near, self.surely_A)
+
+    def settle(self, comparison: Comparison) -> None:
+        """Add what was counted, and compute those pairs again that may be ahead."""
+        tally = self.tally
+        tally.add(self.near, self.surely_A, self.block.same_fold)
+        some = self.within_A.nonzero()[:, 0]
+        values_AG = self.values_AG[some]
+        ask, item = ((values_AG >= self.low[some]) & (values_AG <= self.high[some])).nonzero(as_tuple=True)
+        asks_B, items_B = self.near[some[ask]], item + self.items.start
+        asks_B, items_B = (index[items_B != tally.item[asks_B]] for index in (asks_B, items_B))
+        if not len(asks_B):
+            return
+        values_B, reaches = comparison.pair_scores(*self._pairs(asks_B, items_B))
+        low, high = comparison.edges(tally.below[asks_B], tally.above[asks_B], reaches, torch.float32)
+        surely = asks_B[values_B > high]
+        tally.add(surely, torch.ones_like(surely), self.block.same_fold)
+        doubtful = (values_B >= low) & (values_B <= high)
+        asks_B, items_B = asks_B[doubtful], items_B[doubtful]
+        exact_B = exact_scores.of_pairs(comparison.members, *self._pairs(asks_B, items_B))
+        ahead_B = tally.is_ahead(exact_B, items_B, asks_B)
+        tally.add(asks_B, ahead_B.long(), self.block.same_fold)
+
+    def _pairs(self, asks_B: Tensor, items_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Their rows and columns."""
+        queries_B = self.tally.query[asks_B]
+        return (items_B, queries_B) if self.transposed else (queries_B, items_B)
+
+    def count(self, exact_RC: Tensor) -> None:
+        """Add what exact scores say."""
+        values_QG = exact_RC.T if self.transposed else exact_RC
+        items_1G = torch.arange(self.items.start, self.items.stop, device=exact_RC.device)[None]
+        values_AG = values_QG[self.tally.query[self.asks] - self.queries.start]
+        ahead_AG = self.tally.is_ahead(values_AG, items_1G, self.asks[:, None])
+        self.tally.add(self.asks, ahead_AG.sum(1), self.block.same_fold)
+
+
+def _outward(edge: Tensor, infinity: float) -> Tensor:
+    """To float32, never inward."""
+    return torch.nextafter(edge.float(), torch.tensor(infinity, device=edge.device))
+
+
+class _Counting:
+    """Answers block by block, each in the first precision that leaves few pairs in doubt."""
+
+    def __init__(self, comparison: Comparison, screen: Screen) -> None:
+        self.comparison = comparison
+        self.precisions: tuple[Precision, ...] = tuple(dict.fromkeys((screen, "float32")))
+        self.failures = self.pause = 0
+
+    def answer(self, block: Block, questions: list[_Question]) -> None:
+        """Add what a block says to the tallies."""
+        paused = self.pause > 0
+        self.pause -= paused
+        if not paused:
+            succeeded = self._answer_in(self.precisions[0], block, questions)
+            self.failures = 0 if succeeded else self.failures + 1
+            if self.failures == PATIENCE:
+                self.failures, self.pause = 0, PAUSE
+            if succeeded:
+                return
+        if any(self._answer_in(precision, block, questions) for precision in self.precisions[1:]):
+            return
+        exact_RC = self.comparison.exact(block)
+        for question in questions:
+            question.count(exact_RC)
+
+    def _answer_in(self, precision: Precision, block: Block, questions: list[_Question]) -> bool:
+        scores = self.comparison.scores(block, precision)
+        for question in questions:
+            question.look(self.comparison, scores)
+        if sum(int(question.within_A.sum()) for question in questions) > SHARE * scores.values.numel():
+            return False
+        for question in questions:
+            question.settle(self.comparison)
+        return True
