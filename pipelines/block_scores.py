@@ -25,7 +25,7 @@ Side = Literal["rows", "columns"]
 VECTORS = {"cpu": (512, 2048), "cuda": (4096, 8192)}
 """Vectors of a block, of rows and of columns, by the type of the device. On a CPU their dot products, 4 MB, stay in
 cache."""
-PAIRS = {"cpu": 128, "cuda": 8192}
+PAIRS = {"cpu": 32, "cuda": 8192}
 """So many single pairs are computed at once."""
 
 
@@ -36,12 +36,11 @@ class Block(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """values (R,C); and how far the numbers that were pooled may be wrong, of each member, by row (R,) and by column
-    (C,): see Pooling.reach."""
+    """values (R,C), float32 or float64; and of each member the rows and columns as they were compared, and for `pcme`
+    the smallest squared distance."""
 
     values: Tensor
-    row_reaches: list[Tensor]
-    column_reaches: list[Tensor]
+    compared: list[tuple[Encoded, Encoded, Tensor | None]]
 
 
 class Comparison:
@@ -61,10 +60,13 @@ class Comparison:
         self.rows, self.columns = len(self.members[0].rows), len(self.members[0].columns)
         self._lengths = exact_scores.checked_lengths(self.members)
         self.poolings = []
-        for member, lengths in zip(self.members, self._lengths, strict=True):
+        self._squares: dict[int, tuple[Tensor, Tensor]] = {}
+        for number, (member, lengths) in enumerate(zip(self.members, self._lengths, strict=True)):
             longest = [float(side.amax()) if len(side) else 0.0 for side in lengths]
             elements = member.rows.shape[1], member.columns.shape[1]
             self.poolings.append(Pooling(member.similarity, (longest[0], longest[1]), elements))
+            if member.similarity.config.kind == "pcme":
+                self._squares[number] = _squared_lengths(member.rows), _squared_lengths(member.columns)
         self._kept: dict[tuple[int, Side, int, Precision], tuple[Encoded, Tensor]] = {}
         self._columns_kept = slice(0, 0)
 
@@ -101,17 +103,25 @@ class Comparison:
 
     def scores(self, block: Block, precision: Precision) -> Scores:
         """In float64 for float64, else in float32."""
-        values: list[Tensor] = []
-        found = Scores(torch.empty(0), [], [])
+        values, compared = [], []
         for number, pooling in enumerate(self.poolings):
             rows, row_squares_KR = self._encoded(number, "rows", block.rows, precision)
             columns, column_squares_JC = self._encoded(number, "columns", block.columns, precision)
             dots_KRJC = screens.dots(rows, columns, pooling.factor)
             values_RC, smallest = pooling.scores(dots_KRJC, row_squares_KR[:, :, None, None], column_squares_JC)
-            for reaches, one, other in ((found.row_reaches, rows, columns), (found.column_reaches, columns, rows)):
-                reaches.append(pooling.reach(screens.errors(one, other), smallest, values_RC.dtype))
             values.append(values_RC)
-        return found._replace(values=_mean(values))
+            compared.append((rows, columns, smallest))
+        return Scores(_mean(values), compared)
+
+    def reaches(self, scores: Scores, row: Tensor | None, column: Tensor | None) -> list[Tensor]:
+        """How far the numbers that were pooled may be wrong, of each member (see Pooling.reach): for pairs of a row and
+        a column of the block; or, where one is None, for the other with any."""
+        found = []
+        for pooling, (rows, columns, smallest) in zip(self.poolings, scores.compared, strict=True):
+            rounding = screens.rounding(rows.precision, rows.values.shape[1])
+            errors = screens.errors(*rows.of(row), *columns.of(column), rounding)
+            found.append(pooling.reach(errors, smallest, scores.values.dtype))
+        return found
 
     def _encoded(self, number: int, side: Side, at: slice, precision: Precision) -> tuple[Encoded, Tensor]:
         """Sets of one side, and for `pcme` their squared lengths (K,R). Columns are kept while their block lasts, rows
@@ -127,8 +137,8 @@ class Comparison:
         if kind == "cosine":  # the mean of all dot products is the dot product of the means
             sets_RKD = sets_RKD.double().mean(1, keepdim=True)
         elif kind == "pcme":
-            squares_KR = sets_RKD.double().square().sum(2).T
-            squares_KR = squares_KR.to(torch.float64 if precision == "float64" else torch.float32).contiguous()
+            squares_RK = self._squares[number][side == "columns"][at]
+            squares_KR = squares_RK.T.to(torch.float64 if precision == "float64" else torch.float32)
         made = screens.encode(sets_RKD, precision), squares_KR
         if side == "columns" or precision in ("int8", "bf16"):
             self._kept[key] = made
@@ -136,25 +146,16 @@ class Comparison:
 
     def pair_scores(self, row_B: Tensor, column_B: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(B,) float32 scores of single pairs, and how far the numbers pooled may be wrong, (B,) of each member."""
-        parts, reaches = [], []
-        size = PAIRS["cpu" if self.device.type == "cpu" else "cuda"]
-        for start in range(0, len(row_B), size):
-            values, part = self._single(row_B[start : start + size], column_B[start : start + size])
-            parts.append(values)
-            reaches.append(part)
-        return torch.cat(parts), [torch.cat(each) for each in zip(*reaches, strict=True)]
-
-    def _single(self, row_B: Tensor, column_B: Tensor) -> tuple[Tensor, list[Tensor]]:
         values, reaches = [], []
-        for member, pooling, lengths in zip(self.members, self.poolings, self._lengths, strict=True):
-            x_BKD, y_BJD = member.rows[row_B], member.columns[column_B]
-            dots_KBJ1 = (x_BKD @ y_BJD.transpose(1, 2)).mul_(pooling.factor).transpose(0, 1)[..., None]
+        for number, (member, pooling) in enumerate(zip(self.members, self.poolings, strict=True)):
+            lengths = self._lengths[number]
+            dots_KBJ1 = _dots_of_pairs(member, row_B, column_B).mul_(pooling.factor).transpose(0, 1)[..., None]
             x_KB11, y_1BJ1 = torch.empty(0), torch.empty(0)
             if pooling.kind == "pcme":
-                x_KB11 = x_BKD.double().square().sum(2).float().T[:, :, None, None]
-                y_1BJ1 = y_BJD.double().square().sum(2).float()[None, :, :, None]
+                x_KB11 = self._squares[number][0][row_B].float().T[:, :, None, None]
+                y_1BJ1 = self._squares[number][1][column_B].float()[None, :, :, None]
             values_B1, smallest = pooling.scores(dots_KBJ1, x_KB11, y_1BJ1)
-            error_B = lengths[0][row_B] * lengths[1][column_B] * screens.rounding("float32", x_BKD.shape[2])
+            error_B = lengths[0][row_B] * lengths[1][column_B] * screens.rounding("float32", member.rows.shape[2])
             values.append(values_B1[:, 0])
             reaches.append(pooling.reach(error_B, smallest, torch.float32))
         return _mean(values), reaches
@@ -175,9 +176,10 @@ class Comparison:
     def exact(self, block: Block) -> Tensor:
         """(R,C) float32, as exact_scores.of_pairs: where all numbers within the bounds of a float64 product round to
         one float32, it is that; the few others are computed pair by pair."""
-        scores_RC, reaches, _ = self.scores(block, "float64")
-        reaches = [reach[:, None] for reach in reaches]
-        bounds = self.edges(scores_RC, scores_RC, reaches, torch.float64)
+        scores = self.scores(block, "float64")
+        row_R1 = torch.arange(block.rows.stop - block.rows.start, device=self.device)[:, None]
+        reaches = self.reaches(scores, row_R1, None)
+        bounds = self.edges(scores.values, scores.values, reaches, torch.float64)
         low_RC, high_RC = self.edges(*bounds, reaches, torch.float64)  # again, as single pairs are rounded too
         exact_RC, other_RC = low_RC.float(), high_RC.float()
         row, column = (exact_RC != other_RC).nonzero(as_tuple=True)
@@ -185,6 +187,23 @@ class Comparison:
             self.members, row + block.rows.start, column + block.columns.start
         )
         return exact_RC
+
+
+def _dots_of_pairs(member: Member, row_B: Tensor, column_B: Tensor) -> Tensor:
+    """(B,K,J), a few at a time, so that on a CPU they stay in cache."""
+    size = PAIRS["cpu" if row_B.device.type == "cpu" else "cuda"]
+    dots_BKJ = member.rows.new_empty(len(row_B), member.rows.shape[1], member.columns.shape[1])
+    for start in range(0, len(row_B), size):
+        part = slice(start, start + size)
+        x_BKD, y_BJD = member.rows[row_B[part]], member.columns[column_B[part]]
+        torch.bmm(x_BKD, y_BJD.transpose(1, 2), out=dots_BKJ[part])
+    return dots_BKJ
+
+
+def _squared_lengths(sets_NKD: Tensor) -> Tensor:
+    """(N,K) float64."""
+    parts = [part_NKD.double().square().sum(2) for part_NKD in torch.split(sets_NKD, 1024)]
+    return torch.cat(parts) if parts else sets_NKD.new_zeros(sets_NKD.shape[:2], dtype=torch.float64)
 
 
 def _mean(values: list[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import typer
 
@@ -222,16 +222,19 @@ def evaluate(
     from setwise.pipelines import evaluate as evaluation
     from setwise.pipelines import references as refs
     from setwise.pipelines import tables
+    from setwise.pipelines.protocol import TIES
 
-    if ties not in ("pessimistic", "official"):
-        raise ConfigError(f"--ties is '{ties}'; it can be pessimistic or official")
+    if ties not in TIES:
+        raise ConfigError(f"--ties is '{ties}'; it can be {' or '.join(TIES)}")
     folder = open_store(store)
     tracker = open_tracker(folder)
     resolved = [refs.resolve(text, folder, tracker) for text in references]
     label = " + ".join(one.label for one in resolved)
     say(f"evaluating {label} on the test split")
     names = None if bench == "all" else [name.strip() for name in bench.split(",")]
-    outcomes = evaluation.evaluate(resolved, folder, names=names, ties=ties, cxc=cxc, say=say)
+    outcomes = evaluation.evaluate(
+        resolved, folder, names=names, ties=cast(Literal["pessimistic", "official"], ties), cxc=cxc, say=say
+    )
     for one in resolved:
         if one.run is not None:
             tracker.deliver(one.run)

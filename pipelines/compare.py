@@ -28,11 +28,14 @@ class Row:
 class Comparison:
     """Runs beside each other, the best validation value first.
 
-    `mixed`: benchmarks that were measured under several protocols, with the fields in which these differ.
+    `mixed`: benchmarks that were measured under several protocols, with the fields in which these differ; their values
+    are left out. `own_similarity`: benchmarks whose protocols differ in nothing but the similarity and its parameters.
+    That is a setting of the models, as sweeps of alpha vary it, and each is measured with its own; so values stay.
     """
 
     rows: list[Row]
     mixed: dict[str, list[str]]
+    own_similarity: dict[str, list[str]]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -41,6 +44,7 @@ class Comparison:
                 for r in self.rows
             ],
             "not_comparable": self.mixed,
+            "own_similarity": self.own_similarity,
         }
 
 
@@ -49,7 +53,9 @@ def compare(runs: list[Run]) -> Comparison:
     flat = {training: config.flatten(config.read_yaml(training.config).values) for training in runs}
     names = sorted({name for settings in flat.values() for name in settings})
     differing = [name for name in names if len({json.dumps(s.get(name)) for s in flat.values()}) > 1]
-    mixed = _mixed_protocols(runs)
+    differences = _differing_protocols(runs)
+    own = {name: found for name, found in differences.items() if all(one.startswith("similarity") for one in found)}
+    mixed = {name: found for name, found in differences.items() if name not in own}
     rows = []
     for training, settings in flat.items():
         values = {}
@@ -64,7 +70,7 @@ def compare(runs: list[Run]) -> Comparison:
         shown = {name: settings.get(name) for name in differing}
         rows.append(Row(training.name, _status(events), epochs, shown, values))
     rows.sort(key=lambda row: (-row.values.get(VALIDATION, float("-inf")), row.name))
-    return Comparison(rows, mixed)
+    return Comparison(rows, mixed, own)
 
 
 def _status(events: list[dict[str, Any]]) -> str:
@@ -75,14 +81,14 @@ def _status(events: list[dict[str, Any]]) -> str:
     return str(statuses[-1]).lower() if statuses else "unfinished"
 
 
-def _mixed_protocols(runs: list[Run]) -> dict[str, list[str]]:
+def _differing_protocols(runs: list[Run]) -> dict[str, list[str]]:
     """Benchmarks that were not measured under one protocol, with what differs from the first that was met."""
     found: dict[str, dict[str, Any]] = {}
-    mixed: dict[str, list[str]] = {}
+    differing: dict[str, list[str]] = {}
     for training in runs:
         for outcome in evaluate.recorded(training):
             first = found.setdefault(outcome.benchmark, outcome.protocol)
             for difference in protocol.describe_difference(first, outcome.protocol):
-                if difference not in (known := mixed.setdefault(outcome.benchmark, [])):
+                if difference not in (known := differing.setdefault(outcome.benchmark, [])):
                     known.append(difference)
-    return dict(sorted(mixed.items()))
+    return dict(sorted(differing.items()))

@@ -70,7 +70,8 @@ def checked_lengths(members: Sequence[Member]) -> list[tuple[Tensor, Tensor]]:
 def longest(sets_PKD: Tensor) -> Tensor:
     """(P,) upper bounds: of D squares a sum in any order is off by at most a share of D times half a unit."""
     unit = torch.finfo(sets_PKD.dtype).eps
-    return torch.linalg.vector_norm(sets_PKD, dim=2).amax(1) * (1 + (sets_PKD.shape[2] + 8) * unit)
+    lengths_PK: Tensor = torch.linalg.vector_norm(sets_PKD, dim=2)
+    return lengths_PK.amax(1) * (1 + (sets_PKD.shape[2] + 8) * unit)
 
 
 @torch.inference_mode()

@@ -76,10 +76,10 @@ def count(
         assert answer is not None, "both sides were asked"
         start = 0
         for name, question in zip(truths, questions[direction], strict=True):
-            part = slice(start, start + len(question.asked))
-            in_fold = None if answer.ahead_in_fold is None else answer.ahead_in_fold[part]
-            ranked[name][direction] = question.ranked(answer.ahead[part], in_fold)
-            start = part.stop
+            asked = slice(start, start + len(question.asked))
+            in_fold = None if answer.ahead_in_fold is None else answer.ahead_in_fold[asked]
+            ranked[name][direction] = question.ranked(answer.ahead[asked], in_fold)
+            start = asked.stop
     return ranked
 
 

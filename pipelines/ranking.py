@@ -33,8 +33,11 @@ SHARE = 0.05
 """Of a block's pairs: where more are near, computing all of them in the next precision is faster."""
 PATIENCE, PAUSE = 4, 32
 """After so many such blocks in a row the screen is left out for so many."""
+MANY = 4096
+"""Pairs in doubt are computed again when there are so many."""
 SMALL = 1e9
 """Multiplications of numbers below which it is not worth the time to find the fastest screen."""
+INF = float("inf")
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,8 @@ def count_ahead(
         )
     half = by_columns is None and exact_scores.is_symmetric(members)
     row_scores, column_scores = _asked_scores(comparison, by_rows, by_columns)
-    row_tally = _Tally(comparison, by_rows, row_scores, ties)
-    column_tally = None if by_columns is None else _Tally(comparison, by_columns, column_scores, ties)
+    row_tally = _Tally(comparison, by_rows, row_scores, ties, True)
+    column_tally = None if by_columns is None else _Tally(comparison, by_columns, column_scores, ties, False)
     counting = _Counting(comparison, screen or _fastest(comparison))
     with screens.full_precision():
         for block in comparison.blocks(folds, half):
@@ -168,20 +171,20 @@ def _asked_scores(comparison: Comparison, by_rows: Asked, by_columns: Asked | No
 class _Tally:
     """The asked pairs of one direction in the order of their queries, and what was counted for them."""
 
-    def __init__(self, comparison: Comparison, asked: Asked, scores: Tensor, ties: Ties) -> None:
-        device = comparison.device
+    def __init__(self, comparison: Comparison, asked: Asked, scores: Tensor, ties: Ties, by_rows: bool) -> None:
+        self.comparison, self.ties, self.by_rows = comparison, ties, by_rows
         self.order = np.argsort(asked.query, kind="stable")
         self.sorted_queries = asked.query[self.order]
-        order = torch.from_numpy(self.order).to(device)
-        self.query, self.item = (torch.from_numpy(index).to(device)[order] for index in (asked.query, asked.item))
-        self.limit = None if asked.limit is None else torch.from_numpy(asked.limit).to(device)[order]
-        self.scores, self.ties = scores[order], ties
-        # A true score that rounds to another float32 than the asked one lies beyond that one's neighbours, or on them.
+        order = torch.from_numpy(self.order).to(comparison.device)
+        self.scores, self.query, self.item = scores[order], *(_on(x, order) for x in (asked.query, asked.item))
+        self.limit = None if asked.limit is None else _on(asked.limit, order)
+        # A true score that rounds to a larger float32 than the asked one lies above that one, or on their middle.
         self.below, self.above = (
-            torch.nextafter(self.scores, torch.tensor(infinity, device=device)).double()
-            for infinity in (-torch.inf, torch.inf)
+            torch.nextafter(self.scores, self.scores.new_tensor(infinity)).double() for infinity in (-INF, INF)
         )
         self.ahead, self.ahead_in_fold = torch.zeros_like(self.query), torch.zeros_like(self.query)
+        self.doubts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.doubtful = 0
 
     def asks(self, queries: slice) -> Tensor:
         """Indices of the pairs asked by some queries, but those that have reached their limit."""
@@ -189,14 +192,13 @@ class _Tally:
         asks = torch.arange(start, stop, device=self.query.device)
         return asks if self.limit is None else asks[self.ahead[start:stop] < self.limit[start:stop]]
 
-    def open(self, asks: Tensor, more: Tensor) -> Tensor:
+    def is_open(self, asks: Tensor, more: Tensor) -> Tensor:
         """Whether the limit lies beyond what was counted and `more`."""
         return torch.ones_like(asks) if self.limit is None else self.ahead[asks] + more < self.limit[asks]
 
-    def add(self, asks: Tensor, counts: Tensor, in_fold: bool) -> None:
+    def add(self, asks: Tensor, counts: Tensor, in_fold: Tensor | bool) -> None:
         self.ahead.index_add_(0, asks, counts)
-        if in_fold:
-            self.ahead_in_fold.index_add_(0, asks, counts)
+        self.ahead_in_fold.index_add_(0, asks, counts * in_fold)
 
     def is_ahead(self, scores: Tensor, items: Tensor, asks: Tensor) -> Tensor:
         """Of exact scores. No item is ahead of itself."""
@@ -204,8 +206,44 @@ class _Tally:
         equal &= items > self.item[asks] if self.ties == "official" else items != self.item[asks]
         return equal | (scores > self.scores[asks])
 
+    def decide(self, values: Tensor, asks: Tensor, reaches: list[Tensor], in_fold: Tensor | bool) -> Tensor:
+        """Of float32 scores of single pairs, add those that are surely ahead, and give those that may be."""
+        low, high = self.edges(asks, reaches)
+        surely = values > high
+        self.add(asks, surely.long(), in_fold)
+        return ((values >= low) & ~surely).nonzero()[:, 0]
+
+    def edges(self, asks: Tensor, reaches: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """A float32 score below the first is surely not ahead, one above the second surely is; float32."""
+        low, high = self.comparison.edges(self.below[asks], self.above[asks], reaches, torch.float32)
+        return _outward(low, -INF), _outward(high, INF)
+
+    def doubt(self, asks: Tensor, items: Tensor, in_fold: bool) -> None:
+        """Pairs to be computed again, many at once."""
+        self.doubts.append((asks, items, torch.full_like(asks, in_fold)))
+        self.doubtful += len(asks)
+        if self.doubtful >= MANY:
+            self.settle()
+
+    def settle(self) -> None:
+        """Compute in float32, and then exactly, what is in doubt."""
+        if not self.doubts:
+            return
+        asks, items, in_fold = (torch.cat(parts) for parts in zip(*self.doubts, strict=True))
+        self.doubts, self.doubtful = [], 0
+        values, reaches = self.comparison.pair_scores(*self._pairs(asks, items))
+        some = self.decide(values, asks, reaches, in_fold)
+        asks, items, in_fold = asks[some], items[some], in_fold[some]
+        exact = exact_scores.of_pairs(self.comparison.members, *self._pairs(asks, items))
+        self.add(asks, self.is_ahead(exact, items, asks).long(), in_fold)
+
+    def _pairs(self, asks: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Their rows and columns."""
+        return (self.query[asks], items) if self.by_rows else (items, self.query[asks])
+
     def answers(self, in_folds: bool) -> Answers:
         """In the order in which they were asked."""
+        self.settle()
         back = np.empty_like(self.order)
         back[self.order] = np.arange(len(back))
         scores, ahead, in_fold = (x.cpu().numpy()[back] for x in (self.scores, self.ahead, self.ahead_in_fold))
@@ -216,58 +254,55 @@ class _Question:
     """What one block has to say about the pairs asked by its rows, or, `transposed`, by its columns."""
 
     def __init__(self, tally: _Tally, block: Block, *, transposed: bool) -> None:
-        self.tally, self.block, self.transposed = tally, block, transposed
-        self.queries, self.items = (block.columns, block.rows) if transposed else (block.rows, block.columns)
-        self.asks = tally.asks(self.queries)
+        self.tally, self.transposed, self.in_fold = tally, transposed, block.same_fold
+        queries, items = (block.columns, block.rows) if transposed else (block.rows, block.columns)
+        self.asks = tally.asks(queries)
+        self.query = tally.query[self.asks] - queries.start
+        """Of each ask, in the block."""
+        self.items = torch.arange(items.start, items.stop, device=self.asks.device)
 
-    def look(self, comparison: Comparison, scores: Scores) -> None:
-        """Count the items that are surely ahead, and those that may be."""
-        tally, asks = self.tally, self.asks
-        values_QG = scores.values.T if self.transposed else scores.values
-        query = tally.query[asks] - self.queries.start
-        reaches = [reach[query] for reach in (scores.column_reaches if self.transposed else scores.row_reaches)]
-        low, high = comparison.edges(tally.below[asks], tally.above[asks], reaches, torch.float32)
-        low, high = _outward(low, -torch.inf), _outward(high, torch.inf)
-        some = (values_QG.amax(1)[query] >= low).nonzero()[:, 0]
-        self.near, self.low, self.high = asks[some], low[some, None], high[some, None]
-        self.values_AG = values_QG[query[some]]
-        self.surely_A = (self.values_AG > self.high).sum(1)
-        self.within_A = (self.values_AG >= self.low).sum(1).sub_(self.surely_A)
-        self.within_A *= tally.open(self.near, self.surely_A)
+    def look(self, scores: Scores) -> int:
+        """Count the items that are surely ahead, and give the number of those that may be."""
+        values_QG = self._by_query(scores.values)
+        low, high = self.tally.edges(self.asks, self._reaches(scores, self.query, None))
+        some = (values_QG.amax(1)[self.query] >= low).nonzero()[:, 0]
+        self.near, self.near_query, self.low, self.high = self.asks[some], self.query[some], low[some], high[some]
+        self.values_AG = values_QG[self.near_query]
+        self.surely_A = (self.values_AG > self.high[:, None]).sum(1)
+        within_A = (self.values_AG >= self.low[:, None]).sum(1).sub_(self.surely_A)
+        self.within_A = within_A * self.tally.is_open(self.near, self.surely_A)
+        return int(self.within_A.sum())
 
-    def settle(self, comparison: Comparison) -> None:
-        """Add what was counted, and compute those pairs again that may be ahead."""
-        tally = self.tally
-        tally.add(self.near, self.surely_A, self.block.same_fold)
+    def settle(self, scores: Scores) -> None:
+        """Add what was counted, and leave to the tally what is in doubt by the bound of each pair's own."""
+        self.tally.add(self.near, self.surely_A, self.in_fold)
         some = self.within_A.nonzero()[:, 0]
         values_AG = self.values_AG[some]
-        ask, item = ((values_AG >= self.low[some]) & (values_AG <= self.high[some])).nonzero(as_tuple=True)
-        asks_B, items_B = self.near[some[ask]], item + self.items.start
-        asks_B, items_B = (index[items_B != tally.item[asks_B]] for index in (asks_B, items_B))
-        if not len(asks_B):
-            return
-        values_B, reaches = comparison.pair_scores(*self._pairs(asks_B, items_B))
-        low, high = comparison.edges(tally.below[asks_B], tally.above[asks_B], reaches, torch.float32)
-        surely = asks_B[values_B > high]
-        tally.add(surely, torch.ones_like(surely), self.block.same_fold)
-        doubtful = (values_B >= low) & (values_B <= high)
-        asks_B, items_B = asks_B[doubtful], items_B[doubtful]
-        exact_B = exact_scores.of_pairs(comparison.members, *self._pairs(asks_B, items_B))
-        ahead_B = tally.is_ahead(exact_B, items_B, asks_B)
-        tally.add(asks_B, ahead_B.long(), self.block.same_fold)
+        within_AG = (values_AG >= self.low[some, None]) & (values_AG <= self.high[some, None])
+        within_AG &= self.items != self.tally.item[self.near[some], None]
+        ask, item = within_AG.nonzero(as_tuple=True)
+        asks_B = self.near[some[ask]]
+        reaches = self._reaches(scores, self.near_query[some[ask]], item)
+        doubtful = self.tally.decide(values_AG[ask, item], asks_B, reaches, self.in_fold)
+        if len(doubtful):
+            self.tally.doubt(asks_B[doubtful], self.items[item[doubtful]], self.in_fold)
 
-    def _pairs(self, asks_B: Tensor, items_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Their rows and columns."""
-        queries_B = self.tally.query[asks_B]
-        return (items_B, queries_B) if self.transposed else (queries_B, items_B)
+    def _by_query(self, values_RC: Tensor) -> Tensor:
+        return values_RC.T if self.transposed else values_RC
+
+    def _reaches(self, scores: Scores, query: Tensor, item: Tensor | None) -> list[Tensor]:
+        row, column = (item, query) if self.transposed else (query, item)
+        return self.tally.comparison.reaches(scores, row, column)
 
     def count(self, exact_RC: Tensor) -> None:
         """Add what exact scores say."""
-        values_QG = exact_RC.T if self.transposed else exact_RC
-        items_1G = torch.arange(self.items.start, self.items.stop, device=exact_RC.device)[None]
-        values_AG = values_QG[self.tally.query[self.asks] - self.queries.start]
-        ahead_AG = self.tally.is_ahead(values_AG, items_1G, self.asks[:, None])
-        self.tally.add(self.asks, ahead_AG.sum(1), self.block.same_fold)
+        values_AG = self._by_query(exact_RC)[self.query]
+        ahead_AG = self.tally.is_ahead(values_AG, self.items[None], self.asks[:, None])
+        self.tally.add(self.asks, ahead_AG.sum(1), self.in_fold)
+
+
+def _on(values: Integers, order: Tensor) -> Tensor:
+    return torch.from_numpy(values).to(order.device)[order]
 
 
 def _outward(edge: Tensor, infinity: float) -> Tensor:
@@ -302,10 +337,8 @@ class _Counting:
 
     def _answer_in(self, precision: Precision, block: Block, questions: list[_Question]) -> bool:
         scores = self.comparison.scores(block, precision)
-        for question in questions:
-            question.look(self.comparison, scores)
-        if sum(int(question.within_A.sum()) for question in questions) > SHARE * scores.values.numel():
+        if sum(question.look(scores) for question in questions) > SHARE * scores.values.numel():
             return False
         for question in questions:
-            question.settle(self.comparison)
+            question.settle(scores)
         return True

@@ -48,6 +48,12 @@ class Encoded:
     residuals: Tensor
     precision: Precision
 
+    def of(self, sets: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Lengths and residuals of some sets; None: the largest of all."""
+        if sets is None:
+            return self.lengths.amax(), self.residuals.amax()
+        return self.lengths[sets], self.residuals[sets]
+
 
 def encode(sets_RKD: Tensor, precision: Precision) -> Encoded:
     """Sets (R,K,D) of finite float32 or float64."""
@@ -96,10 +102,12 @@ def dots(rows: Encoded, columns: Encoded, factor: float) -> Tensor:
     return by_set[:, : len(rows.lengths), :, : len(columns.lengths)]
 
 
-def errors(one: Encoded, other: Encoded) -> Tensor:
-    """(R,): by how much a dot product of an element of each set of `one` with any of `other` may be wrong."""
-    encoded = one.residuals * (other.lengths + other.residuals).amax() + one.lengths * other.residuals.amax()
-    return encoded + one.lengths * other.lengths.amax() * rounding(one.precision, one.values.shape[1])
+def errors(
+    lengths: Tensor, residuals: Tensor, other_lengths: Tensor, other_residuals: Tensor, rounding: float
+) -> Tensor:
+    """By how much dot products of vectors with others may be wrong, from their lengths and residuals."""
+    encoding = residuals * (other_lengths + other_residuals) + lengths * other_residuals
+    return encoding + lengths * other_lengths * rounding
 
 
 def rounding(precision: Precision, width: int) -> float:
@@ -136,7 +144,8 @@ def fastest(device: torch.device, width: int) -> Screen:
             found_NM = dots(a, b, 1.0)[0, :, 0]
         except RuntimeError:  # this device has no such product
             continue
-        if ((found_NM - true_NM).abs() <= errors(a, b)[:, None]).all():
+        bound_N = errors(a.lengths, a.residuals, b.lengths.amax(), b.residuals.amax(), rounding(screen, width))
+        if ((found_NM - true_NM).abs() <= bound_N[:, None]).all():
             times[screen] = min(_seconds(a, b) for _ in range(3))
     return min(times, key=times.__getitem__)
 

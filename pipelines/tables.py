@@ -70,9 +70,11 @@ def comparison(compared: Comparison) -> RenderableType:
         numbers = [f"{row.values[name]:.1f}" if name in row.values else "" for name in values]
         table.add_row(row.name, row.status, str(row.epochs), *shown, *numbers)
     left_out = [f"  {name}: {'; '.join(fields)}" for name, fields in compared.mixed.items()]
+    own = dict.fromkeys(field for fields in compared.own_similarity.values() for field in fields)
+    said = [f"each model is measured with its own similarity: {'; '.join(own)}"] if own else []
     if left_out:
-        return Group(table, Text("\n".join(["left out, since measured under protocols that differ:", *left_out])))
-    return table
+        said += ["left out, since measured under protocols that differ:", *left_out]
+    return Group(table, Text("\n".join(said))) if said else table
 
 
 def answer(query: str, found: Answer) -> RenderableType:

@@ -8,7 +8,7 @@
 2. Ray Data, reading our shards with our decoder, beside a torch DataLoader with the same decoder. Counted is the CPU
    time of all processes, from some thousand images after the start to the end, since each start takes long.
 
-The exit status says whether what is kept to is reached. Wished for were 1.8 times at 224 pixels and 5 times from reduced
+The exit status says whether what is kept to is reached. Wished for were 1.8 times at 224 pixels and 5 from reduced
 images. There the decoder alone takes 0.46 and 0.15 of the yardstick's whole time, which leaves little room; decoding at
 lower accuracy would gain six hundredths and change pixels.
 """

@@ -93,6 +93,20 @@ def test_values_under_two_protocols_are_left_out_and_the_difference_is_named(tmp
     assert {row.name: row.values for row in alone.rows}["a"]["digits_1k/rsum"] == 300.0
 
 
+def test_models_with_similarities_of_their_own_are_compared_and_the_difference_is_said(tmp_path: Path) -> None:
+    one, two = (make(tmp_path, name, "a: 1\n") for name in "ab")
+    measure(one, "coco_5k", {"ties": "pessimistic", "similarity": {"kind": "smooth_chamfer", "alpha": 4}}, rsum=300.0)
+    measure(two, "coco_5k", {"ties": "pessimistic", "similarity": {"kind": "smooth_chamfer", "alpha": 8}}, rsum=200.0)
+    both = compare.compare([one, two])
+    assert both.mixed == {}
+    assert both.own_similarity == both.to_json()["own_similarity"] == {"coco_5k": ["similarity.alpha: 4 | 8"]}
+    assert {row.name: row.values["coco_5k/rsum"] for row in both.rows} == {"a": 300.0, "b": 200.0}
+    console = Console(width=120)
+    with console.capture() as printed:
+        console.print(tables.comparison(both))
+    assert "each model is measured with its own similarity: similarity.alpha: 4 | 8" in printed.get()
+
+
 def test_a_comparison_is_one_json_object(tmp_path: Path) -> None:
     runs = [make(tmp_path, "a", "x: 1\n", 1, 2.0, "FINISHED"), make(tmp_path, "b", "x: 2\n")]
     value = json.loads(json.dumps(compare.compare(runs).to_json()))
