@@ -74,10 +74,10 @@ def encode(sets_RKD: Tensor, precision: Precision) -> Encoded:
         values_KRD[:, : len(sets_RKD), : sets_RKD.shape[2]] = rounded_KRD
         scales = slabs_KRD.new_zeros(shape[:2])
         scales[:, : len(sets_RKD)] = scales_KR1[:, :, 0]
-        residuals_R = exact_scores.longest(slabs_KRD.sub_(rounded_KRD.mul_(scales_KR1)).transpose(0, 1))
+        residuals_R = exact_scores.longest(rounded_KRD.mul_(scales_KR1).sub_(slabs_KRD).transpose(0, 1))
     elif precision == "bf16":
         values_KRD = slabs_KRD.bfloat16()
-        residuals_R = exact_scores.longest(slabs_KRD.sub_(values_KRD).transpose(0, 1))
+        residuals_R = exact_scores.longest(values_KRD.to(dtype).sub_(slabs_KRD).transpose(0, 1))
     if precision in ("int8", "bf16"):
         residuals_R += lengths_R * 2**-22  # what measuring them in float32 may hide
     flat = None if scales is None else scales.flatten()
