@@ -50,7 +50,13 @@ def stored(model: TrainedModel, prepared: Prepared, name: str, store: Path) -> E
 
 
 def _make(model: TrainedModel, prepared: Prepared, split: Split, store: Path) -> Embeddings:
-    sets = trained_model.embed(model.retrieval.retriever, split, model.recipe.train.eval_batch_size, model.device)
+    sets = trained_model.embed(
+        model.retrieval.retriever,
+        split,
+        model.recipe.train.eval_batch_size,
+        model.device,
+        model.recipe.train.loader_threads,
+    )
     with storage.publish_folder(_folder(model, prepared, split.name, store)) as building:
         file = building / EMBEDDINGS
         save_file({field.name: getattr(sets, field.name) for field in fields(sets)}, file)

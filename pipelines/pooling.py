@@ -40,9 +40,11 @@ class Pooling:
         self.longest, self.elements = longest, elements
         self.largest = longest[0] * longest[1]
         self.sigmoid = self.kind in ("match_probability", "pcme")
-        self.scale, self.shift = (float(similarity.scale), float(similarity.shift)) if self.sigmoid else (1.0, 0.0)
-        # A screen makes vectors longer by no more than a 512th part.
-        exponent = 1.01 * self.alpha * math.log2(math.e) * self.largest + math.log2(max(elements))
+        self.scale, self.shift = (1.0, 0.0)
+        if self.sigmoid:
+            self.scale, self.shift = (float(learned.detach()) for learned in (similarity.scale, similarity.shift))
+        # bf16, at worst, makes a dot product larger by a 64th part.
+        exponent = (1 + 1 / 64) * self.alpha * math.log2(math.e) * self.largest + math.log2(max(elements))
         self.factors_of_a_log = int(EXPONENTS / exponent)
 
     @property

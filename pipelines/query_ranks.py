@@ -59,16 +59,13 @@ def count(
         ValueError: a score is NaN.
     """
     gallery = {"i2t": len(members[0].columns), "t2i": len(members[0].rows)}
+    directed = [side for truth, _ in truths.values() for side in ((truth.i2t, False), (truth.t2i, True))]
+    scores = _scores(members, directed)
     questions: dict[str, list[_Question]] = {direction: [] for direction in metrics.DIRECTIONS}
-    for truth, every in truths.values():
-        scores = ranking.pair_scores(
-            members,
-            np.concatenate([truth.i2t.query, truth.t2i.item]),
-            np.concatenate([truth.i2t.item, truth.t2i.query]),
-        )
-        for direction, part in (("i2t", scores[: len(truth.i2t.query)]), ("t2i", scores[len(truth.i2t.query) :])):
-            positives = truth.i2t if direction == "i2t" else truth.t2i
-            questions[direction].append(_Question.of(positives, part, every, ties, gallery[direction]))
+    for number, (truth, every) in enumerate(truths.values()):
+        for place, (direction, true) in enumerate((("i2t", truth.i2t), ("t2i", truth.t2i))):
+            question = _Question.of(true, scores[2 * number + place], every, ties, gallery[direction])
+            questions[direction].append(question)
     by_rows, by_columns = (_asked(questions[direction]) for direction in metrics.DIRECTIONS)
     answers = ranking.count_ahead(members, by_rows, by_columns, folds=folds, ties=ties, device=device)
     ranked: dict[Name, dict[str, Ranked]] = {name: {} for name in truths}
@@ -139,6 +136,16 @@ class _Question:
 
         in_fold = None if ahead_in_fold is None else by_row((ahead_in_fold - self.counted + 1)[best])
         return Ranked(self.positives, by_row(ranks[best]), in_fold, ranks if self.every else None)
+
+
+def _scores(members: Sequence[Member], directed: Sequence[tuple[Positives, bool]]) -> list[NDArray[np.float32]]:
+    """Scores of the pairs of each, whose queries are columns if it says so. What several hold is computed once."""
+    rows = [true.item if by_columns else true.query for true, by_columns in directed]
+    columns = [true.query if by_columns else true.item for true, by_columns in directed]
+    width = len(members[0].columns)
+    pairs, place = np.unique(np.concatenate(rows) * width + np.concatenate(columns), return_inverse=True)
+    scores = ranking.pair_scores(members, pairs // width, pairs % width)[place]
+    return np.split(scores, np.cumsum([len(row) for row in rows])[:-1])
 
 
 def _asked(questions: Sequence[_Question]) -> Asked:

@@ -115,8 +115,8 @@ def rounding(precision: Precision, width: int) -> float:
     match precision:
         case "int8":
             return 2**-20
-        case "bf16":  # it comes out of a CPU in bf16, which rounds to 2^-9
-            return 1.1 * 2**-9 + (width + 64) * 2**-22
+        case "bf16":  # it comes out of a CPU in bf16, which is rounded by a share of 2^-8
+            return 1.1 * 2**-8 + (width + 64) * 2**-22
         case "float32":
             return 1.1 * (width + 64) * 2**-24
         case "float64":
