@@ -91,7 +91,7 @@ def test_slots_know_the_width_of_what_they_read(encoder: dict[str, Any], width: 
     assert ModelConfig.model_validate(MODEL | {"image_encoder": encoder}).image_local_dim == width
 
 
-@pytest.mark.parametrize("bad", [{"alpha": 0}, {"alpha": float("nan")}, {"kind": "cosine"}, {"temperature": 16}])
+@pytest.mark.parametrize("bad", [{"alpha": 0}, {"alpha": float("nan")}, {"kind": "euclidean"}, {"temperature": 16}])
 def test_similarity_config_rejects(bad: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         SimilarityConfig.model_validate(bad)

@@ -106,7 +106,7 @@ PUBLISHED: dict[str, dict[str, object]] = {
 }
 """What was published about each row of the paper's tables, and remembered of ResNet-152."""
 UNSAID = {"model.padding", "train.seed", "train.keep_checkpoints", "train.threads"} | {
-    f"train.{name}" for name in ("workers", "micro_batch", "compile", "eval_batch_size")
+    f"train.{name}" for name in ("workers", "micro_batch", "compile", "eval_batch_size", "loader_threads")
 }
 """Settings of a run, and padding, in which this implementation differs from the authors' on purpose."""
 NO_PIXELS = {f"data.{name}" for name in ("image_size", "crop_scale", "flip", "eval_view", "eval_shorter_side")}
@@ -190,7 +190,7 @@ def test_a_written_recipe_is_the_same_recipe(tmp_path: Path) -> None:
         ("optimizer.schedule=linear", "'cosine', 'constant' or 'step'"),
         ("data.image_size=15", "greater than or equal to 16"),
         ("similarity.alpha=0", "greater than 0"),
-        ("similarity.kind=cosine", "'smooth_chamfer'"),
+        ("similarity.kind=euclidean", "'smooth_chamfer'"),
         ("loss.margin=-0.1", "greater than or equal to 0"),
         ("loss.mmd_weight=.inf", "finite"),
         ("model.set_prediction.num_slots=0", "greater than or equal to 1"),
