@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -154,6 +154,7 @@ def measure(
         ValueError: a score is NaN.
     """
     true = truths(wanted, encoded.image_ids, encoded.caption_ids, encoded.owners, extended)
+    rated = _Rated(crisscrossed.read(cxc), crisscrossed.fingerprints(cxc)) if cxc and "cxc" in wanted.values() else None
     in_folds = folds(len(encoded.image_ids), encoded.owners) if "folds" in wanted.values() else None
     asked = {kind: (what, kind in ("extended", "eccv")) for kind, what in true.items()}
     counted = query_ranks.count(encoded.members, asked, folds=in_folds, ties=ties, device=device)
@@ -177,10 +178,17 @@ def measure(
                 found.values |= _precisions(ranked)
         if not found.ranks:
             found.ranks |= {direction: (one.positives.rows, one.best) for direction, one in ranked.items()}
-        if kind == "cxc" and cxc is not None:
-            _add_ratings(found, encoded, cxc, ties, device)
+        if kind == "cxc" and rated is not None:
+            _add_ratings(found, encoded, rated, ties, device)
         outcomes.append(found.outcome(name, encoded, ties))
     return outcomes
+
+
+class _Rated(NamedTuple):
+    """CxC's ratings by task, and the hash of each file."""
+
+    ratings: dict[str, crisscrossed.Rated]
+    files: dict[str, str]
 
 
 @dataclass
@@ -268,10 +276,10 @@ def _precisions(ranked: Mapping[str, Ranked]) -> dict[str, float]:
     return values
 
 
-def _add_ratings(found: _Found, encoded: Encoded, folder: Path, ties: Ties, device: torch.device | None) -> None:
+def _add_ratings(found: _Found, encoded: Encoded, given: _Rated, ties: Ties, device: torch.device | None) -> None:
     """Retrieval among captions and among images, and correlations, as far as the split has what was rated."""
-    ratings = crisscrossed.read(folder)
-    found.protocol["truth"] |= crisscrossed.fingerprints(folder)
+    ratings = given.ratings
+    found.protocol["truth"] |= given.files
     texts = tuple(Member(one.columns, one.columns, one.similarity) for one in encoded.members)
     pictures = tuple(Member(one.rows, one.rows, one.similarity) for one in encoded.members)
     image_ids, caption_ids = encoded.image_ids, encoded.caption_ids

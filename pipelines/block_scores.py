@@ -25,6 +25,8 @@ Side = Literal["rows", "columns"]
 VECTORS = {"cpu": (512, 2048), "cuda": (4096, 8192)}
 """Vectors of a block, of rows and of columns, by the type of the device. On a CPU their dot products, 4 MB, stay in
 cache."""
+KEPT = 2**28
+"""Bytes, 256 MiB: up to so many encoded rows are kept from one block of columns to the next."""
 PAIRS = {"cpu": 32, "cuda": 8192}
 """So many single pairs are computed at once."""
 
@@ -125,7 +127,7 @@ class Comparison:
 
     def _encoded(self, number: int, side: Side, at: slice, precision: Precision) -> tuple[Encoded, Tensor]:
         """Sets of one side, and for `pcme` their squared lengths (K,R). Columns are kept while their block lasts, rows
-        for good where that takes less memory than they have."""
+        for good if there is no harm in that."""
         if side == "columns" and at != self._columns_kept:
             self._kept = {key: kept for key, kept in self._kept.items() if key[1] == "rows"}
             self._columns_kept = at
@@ -140,7 +142,7 @@ class Comparison:
             squares_RK = self._squares[number][side == "columns"][at]
             squares_KR = squares_RK.T.to(torch.float64 if precision == "float64" else torch.float32)
         made = screens.encode(sets_RKD, precision), squares_KR
-        if side == "columns" or precision in ("int8", "bf16"):
+        if side == "columns" or made[0].values.element_size() * member.rows.numel() <= KEPT:
             self._kept[key] = made
         return made
 
@@ -195,7 +197,7 @@ def _dots_of_pairs(member: Member, row_B: Tensor, column_B: Tensor) -> Tensor:
     dots_BKJ = member.rows.new_empty(len(row_B), member.rows.shape[1], member.columns.shape[1])
     for start in range(0, len(row_B), size):
         part = slice(start, start + size)
-        x_BKD, y_BJD = member.rows[row_B[part]], member.columns[column_B[part]]
+        x_BKD, y_BJD = member.rows.index_select(0, row_B[part]), member.columns.index_select(0, column_B[part])
         torch.bmm(x_BKD, y_BJD.transpose(1, 2), out=dots_BKJ[part])
     return dots_BKJ
 

@@ -170,6 +170,8 @@ def _interpreted(content: dict[str, Any] | str) -> tuple[str, str | None, int | 
 
 
 def _check_columns(file: Path, found: list[str]) -> None:
+    if any(character == "\x00" or "\udc80" <= character <= "\udcff" for character in "".join(found)):
+        raise DataError(f"{file}: is not UTF-8. Store it as UTF-8, as spreadsheets do when asked for 'CSV UTF-8'")
     repeated = sorted({column for column in found if found.count(column) > 1})
     if not set(REQUIRED) <= set(found) or repeated:
         twice = f" {listed(repeated)} more than once." if repeated else ""

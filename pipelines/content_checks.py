@@ -14,7 +14,7 @@ import numpy as np
 from setwise.pipelines import feature_files
 from setwise.pipelines.datasets import Row, listed
 from setwise.pipelines.findings import Finding, Severity
-from setwise.pipelines.images import FORMATS, MAX_ASPECT, MAX_BYTES, MAX_PIXELS, BadImageError, read_rgb
+from setwise.pipelines.images import FORMATS, MAX_ASPECT, MAX_BYTES, MAX_PIXELS, BadImageError, read_file, read_rgb
 from setwise.pipelines.prepare import PrepareConfig
 
 Say = Callable[[str], None]
@@ -144,7 +144,7 @@ def image_problem(path: Path, decode: bool) -> str | None:
     """Why an image cannot be used, if it cannot. Without `decode`, one that looks whole is taken for whole."""
     try:
         if decode or not _looks_whole(path):
-            read_rgb(path.read_bytes())
+            read_rgb(read_file(path))
     except FileNotFoundError:
         return "there is no such file"
     except OSError as error:
@@ -158,6 +158,8 @@ def _looks_whole(path: Path) -> bool:
     """Whether header and end of a file are those of an image of a usable size."""
     from PIL import Image
 
+    if not path.is_file():  # opening a pipe would wait for ever
+        return False
     try:
         with path.open("rb") as stream:
             length = stream.seek(0, 2)

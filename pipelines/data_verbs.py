@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,12 +58,12 @@ def data_prepare(
         if source is not None:
             raise ConfigError("'digits' comes with setwise and takes no --from")
         settings = _settings(prepare.DigitsPreparation, overrides, None)
-        with cluster.connect():
+        with cluster.connect(), _going_on("prepare", name, overrides, source, store):
             prepared = prepare.prepare_digits(folder, settings, say)
     else:
         chosen = _settings(prepare.PrepareSettings, overrides, source)
         _check_source(name, chosen.source.folder, "prepare")
-        with cluster.connect():
+        with cluster.connect(), _going_on("prepare", name, overrides, source, store):
             prepared = prepare.prepare_source(name, folder, chosen, say)
     if as_json:
         emit({"folder": str(prepared.folder), **prepared.manifest})
@@ -114,30 +117,57 @@ def data_regions(
     store: StoreOption = None,
 ) -> None:
     """Extract region features of a data set's images with Faster R-CNN, in the layout of the published ones."""
-    from setwise.pipelines import datasets, regions
+    from setwise.pipelines import datasets, prepare, regions
     from setwise.platform import cluster
 
+    prepare.check_name(name)
     settings = _settings(regions.RegionExtraction, overrides, source)
     _check_source(name, settings.source.folder, "regions")
     folder = open_store(store)
     read = datasets.open_source(name, settings.source)
-    with cluster.connect():
+    with cluster.connect(), _going_on("regions", name, overrides, source, store, "--to", str(target)):
         made = regions.extract(read, target, settings, folder / "weights", say)
     results.print(f"{made}", soft_wrap=True)
-    say(f"next: setwise data prepare {name}_fasterrcnn --from {made}")
+    say(f"next: {prepare.command(f'{name}_fasterrcnn', str(made))}")
 
 
 def _settings(kind: Any, overrides: list[str] | None, folder: Path | None) -> Any:
-    """Settings of a verb from its overrides; `--from FOLDER` is `source.folder=FOLDER`, whatever characters it has."""
+    """Settings of a verb from its overrides; `--from FOLDER` is `source.folder=FOLDER`, whatever characters it has.
+
+    Paths are made absolute: what is prepared is used from other folders than this one.
+    """
     from setwise.platform import config
 
     settings = config.build(kind, config.Layer(), overrides or [])
-    if folder is None:
+    if not hasattr(settings, "source"):
         return settings
-    place = str(folder.expanduser().resolve())
-    return settings.model_copy(update={"source": settings.source.model_copy(update={"folder": place})})
+    given = settings.source.model_dump(include={"folder", "annotations", "images"}, exclude_none=True)
+    if folder is not None:
+        given["folder"] = str(folder)
+    places = {name: str(Path(place).expanduser().resolve()) for name, place in given.items()}
+    return settings.model_copy(update={"source": settings.source.model_copy(update=places)})
+
+
+@contextlib.contextmanager
+def _going_on(
+    verb: str, name: str, overrides: list[str] | None, source: Path | None, store: Path | None, *more: str
+) -> Iterator[None]:
+    """Say how to go on, if the block is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        places = [("--from", source), ("--store", store)]
+        options = [text for option, place in places if place is not None for text in (option, str(place))]
+        again = shlex.join(["setwise", "data", verb, name, *(overrides or []), *options, *more])
+        say(f"interrupted; nothing is lost. To go on: {again}")
+        raise
 
 
 def _check_source(name: str, folder: str | None, verb: str) -> None:
     if folder is None:
-        raise ConfigError(f"where are the files of '{name}'? Say so: setwise data {verb} {name} --from FOLDER")
+        from setwise.pipelines import datasets
+        from setwise.platform import config
+
+        nearest = None if name in datasets.known() else config.nearest_name(name, datasets.known())
+        hint = f" Did you mean '{nearest}'?" if nearest else ""
+        raise ConfigError(f"where are the files of '{name}'?{hint} Say so: setwise data {verb} {name} --from FOLDER")

@@ -135,6 +135,8 @@ def open_source(name: str, config: SourceConfig) -> Source:
     if config.folder is None:
         raise ConfigError(f"where are the files of '{name}'? Say so: source.folder=FOLDER")
     folder = Path(config.folder).expanduser()
+    if folder.is_file():
+        raise DataError(f"{folder} is a file. Name the folder that it is in, and the file by source.annotations=FILE")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder. Where are the files of '{name}'?")
     source = _read(name, folder, config)

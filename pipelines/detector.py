@@ -31,7 +31,7 @@ from torchvision.ops import batched_nms
 from torchvision.transforms.functional import pil_to_tensor
 
 from setwise.pipelines import image_weights
-from setwise.pipelines.images import BadImageError, read_rgb
+from setwise.pipelines.images import BadImageError, read_file, read_rgb
 from setwise.platform import storage
 from setwise.platform.errors import ConfigError, DataError
 
@@ -261,7 +261,7 @@ def _read(images: list[tuple[int, str]], quarantine: list[dict[str, Any]]) -> It
     """The images that can be read, (3,H,W) uint8; the others are added to `quarantine`."""
     for image_id, path in images:
         try:
-            image = read_rgb(Path(path).read_bytes())
+            image = read_rgb(read_file(Path(path)))
         except (OSError, BadImageError) as error:
             reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
             quarantine.append({"image_id": image_id, "caption_id": None, "path": path, "reason": reason})

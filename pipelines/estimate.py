@@ -121,33 +121,34 @@ def sizes(recipe: Recipe, store: Path) -> Sizes:
     """Those of the prepared data set or, before it is prepared, of the published one.
 
     Raises:
-        DataError: it is neither prepared nor known.
+        ConfigError, DataError: the recipe cannot read what was prepared; or the data set is neither prepared nor known.
     """
     name = recipe.data.name
     published = datasets.PUBLISHED.get(name)
-    try:
-        prepared = prepare.open_prepared(name, store)
-    except DataError:
-        if published is None:
-            raise
+    if published is not None and not prepare.is_there(name, store):
         images, captions, words = published.train, published.captions, published.vocabulary
-        mean, longest = MEAN_TOKENS, LONGEST_TOKENS
+        mean, longest, regions = MEAN_TOKENS, LONGEST_TOKENS, published.regions
         source = (
             f"published sizes, since '{name}' is not prepared, and captions assumed to have {mean} tokens, the longest "
             f"of a batch {longest}"
         )
     else:
-        split = prepared.manifest["splits"]["train"]
+        prepared = prepare.open_prepared(name, store)
+        prepare.check_fits(prepared, recipe)
+        split = prepared.manifest["splits"].get("train")
+        if split is None:
+            raise DataError(f"'{name}' has no split train, of which an estimate counts images and captions")
         images, captions = split["images"], round(split["captions"] / split["images"])
         read = vocabulary.read(prepared.folder / "vocabulary.json")
         sample = list(shards.captions(prepared.folder, split | {"shards": split["shards"][:1]}))
         lengths = [len(read.encode(text)) for text in sample]
         words, mean, longest = len(read), math.ceil(sum(lengths) / len(lengths)), max(lengths)
         source = f"as prepared; captions have {mean} tokens, {longest} in the longest of {len(sample):,}"
-    regions = (published.regions if published is not None else None) or REGIONS
+        described = prepared.manifest["features"].get("train")
+        regions = None if described is None else described["regions"]
     inputs = Inputs(
         image_size=recipe.data.image_size,
-        regions=regions if isinstance(recipe.model.image_encoder, RegionsConfig) else None,
+        regions=(regions or REGIONS) if isinstance(recipe.model.image_encoder, RegionsConfig) else None,
         captions=captions,
         vocabulary=WORD_PIECES if isinstance(recipe.model.text_encoder, BertConfig) else words,
         mean_tokens=mean,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors import numpy as arrays
 
-from setwise.pipelines import benchmarks, crisscrossed, index, prepare, trained_model
+from setwise.pipelines import benchmarks, crisscrossed, index, prepare, query_ranks, trained_model
 from setwise.pipelines.benchmarks import Encoded, Kind, Outcome, QueryRanks
 from setwise.pipelines.prepare import Prepared
 from setwise.pipelines.ranking import Member, Ties
@@ -45,11 +45,13 @@ def evaluate(
     Args:
         names: the benchmarks to measure; None for all that the data has the truth for.
         ties: see benchmarks.measure; outcomes with "official" end in `OFFICIAL`.
-        cxc: folder of CxC's ratings; None for STORE/data/cxc if there is such a folder.
+        cxc: folder of CxC's ratings; None for STORE/data/cxc if there is such a folder. Without one, what was recorded
+            with ratings stays.
 
     Raises:
-        ConfigError: no benchmark is called so, or the members of an ensemble have different data.
+        ConfigError: no benchmark is called so, or the members of an ensemble have different data or are not different.
         DataError: a benchmark that was asked for by name cannot be measured, or a file is damaged.
+        DivergedError: an embedding is not finite.
     """
     models = [trained_model.load(reference.checkpoint) for reference in references]
     dataset = models[0].recipe.data.name
@@ -58,6 +60,12 @@ def evaluate(
             raise ConfigError(
                 f"{references[0].label} reads data set '{dataset}' and {reference.label} '{model.recipe.data.name}'; "
                 "scores can be averaged only over the same images and captions"
+            )
+    members = [(model.digest, model.recipe.similarity) for model in models]
+    for place, (member, reference) in enumerate(zip(members, references, strict=True)):
+        if (first := members.index(member)) < place:
+            raise ConfigError(
+                f"{references[first].label} and {reference.label} are one model: give one of them, or different ones"
             )
     kinds = benchmarks.kinds(dataset)
     for name in names or ():
@@ -71,8 +79,8 @@ def evaluate(
     inputs: dict[str, dict[str, Any]] = {}
     for name, kind in wanted.items():
         inputs[name] = {"weights": models[0].digest, "data": prepared.fingerprint, "ties": ties}
-        if kind == "cxc":
-            inputs[name]["ratings"] = crisscrossed.fingerprints(cxc) if cxc else None
+        if kind == "cxc" and cxc is not None:
+            inputs[name]["ratings"] = crisscrossed.fingerprints(cxc)
     done: dict[str, Outcome] = {}
     for name in wanted:
         before = _still_true(run, _kept_as(name, ties), inputs[name]) if run is not None else None
@@ -119,6 +127,7 @@ def _measure(
         Member(split.image_sets, split.text_sets, model.retrieval.similarity)
         for split, model in zip(splits, models, strict=True)
     )
+    query_ranks.check_finite(members, f"the test split in {prepared.folder}")
     encoded = Encoded(members, owners, image_ids, caption_ids)
     measured = benchmarks.measure(wanted, encoded, extended=extended, cxc=cxc, ties=ties, device=models[0].device)
     return dict(zip(wanted, measured, strict=True))
@@ -132,27 +141,47 @@ def record(run: Run, outcome: Outcome, measured_on: dict[str, Any], epoch: int) 
     """Keep an outcome with the run, its ranks beside its values, and append it to the run's events.
 
     What was kept of other weights or other data goes: values of one run that stand beside each other are of one model.
+    The values come last: if they are there, the events are too, and whoever was stopped before measures again.
     """
     for file in run.evaluation.glob("*.json"):
-        content = storage.read_json(file)
+        content = _kept(file) or {}
         if (content.get("weights"), content.get("data")) != (measured_on["weights"], measured_on["data"]):
-            file.unlink()
+            file.unlink(missing_ok=True)
             file.with_suffix(".safetensors").unlink(missing_ok=True)
     tensors: dict[str, NDArray[np.integer]] = {}
     for direction, one in outcome.ranks.items():
         tensors |= {f"{direction}.ids": one.ids, f"{direction}.ranks": one.ranks}
     storage.write_bytes(run.evaluation / f"{outcome.benchmark}.safetensors", arrays.save(tensors))
-    storage.write_json(run.evaluation / f"{outcome.benchmark}.json", {**outcome.to_json(), **measured_on})
     outbox = Outbox(run.events)
     values = {f"{outcome.benchmark}/{name}": value for name, value in outcome.values.items()}
     outbox.metrics(epoch, values, series=f"{outcome.benchmark} {measured_on['weights']} {outcome.fingerprint}")
     outbox.append({"kind": "tags", "values": {f"protocol.{outcome.benchmark}": outcome.fingerprint}})
+    storage.write_json(run.evaluation / f"{outcome.benchmark}.json", {**outcome.to_json(), **measured_on})
 
 
 def recorded(run: Run) -> list[Outcome]:
-    """What was measured of a run before, without the ranks."""
-    contents = [storage.read_json(path) for path in sorted(run.evaluation.glob("*.json"))]
-    return [Outcome(content["benchmark"], content["values"], content["protocol"]) for content in contents]
+    """What was measured of a run before, without the ranks.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    found = []
+    for file in sorted(run.evaluation.glob("*.json")):
+        content = _kept(file)
+        if content is None:
+            raise DataError(f"{file}: damaged. Delete it, and measure again: setwise eval {run.name}")
+        found.append(Outcome(content["benchmark"], content["values"], content["protocol"]))
+    return found
+
+
+def _kept(file: Path) -> dict[str, Any] | None:
+    """What `record` wrote; None if it is not there or not whole."""
+    try:
+        content = storage.read_json(file)
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(content, dict) and isinstance(content.get("benchmark"), str)
+    return content if whole and all(isinstance(content.get(key), dict) for key in ("values", "protocol")) else None
 
 
 def ranks(run: Run, benchmark: str) -> dict[str, QueryRanks]:
@@ -172,11 +201,8 @@ def ranks(run: Run, benchmark: str) -> dict[str, QueryRanks]:
 
 def _still_true(run: Run, benchmark: str, measured_on: dict[str, Any]) -> Outcome | None:
     """A recorded outcome, if it was measured on just this and its ranks are there."""
-    file = run.evaluation / f"{benchmark}.json"
-    if not file.is_file():
-        return None
-    content = storage.read_json(file)
-    if any(key not in content or content[key] != value for key, value in measured_on.items()):
+    content = _kept(run.evaluation / f"{benchmark}.json")
+    if content is None or any(key not in content or content[key] != value for key, value in measured_on.items()):
         return None
     try:
         return Outcome(benchmark, content["values"], content["protocol"], ranks(run, benchmark))

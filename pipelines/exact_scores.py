@@ -10,7 +10,7 @@ Shape suffixes: P pairs, K and J elements of their sets, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from setwise.models.similarity import Similarity
 
 LONGEST = 1e9
 PARTIAL_SUMS = 256
-PAIRS = {"cpu": 64, "cuda": 4096}
+PAIRS = {"cpu": 32, "cuda": 4096}
 """So many pairs are computed at once, by the type of the device: on a CPU their partial sums stay in cache."""
 
 
@@ -85,7 +85,8 @@ def of_pairs(members: Sequence[Member], row_P: Tensor, column_P: Tensor) -> Tens
         row, column = row_P[start : start + size], column_P[start : start + size]
         total = torch.zeros(len(row), dtype=torch.float64, device=row.device)
         for member in members:
-            total += _scores(member.rows[row], member.columns[column], member.similarity)
+            sets = member.rows.index_select(0, row), member.columns.index_select(0, column)
+            total += _scores(*sets, member.similarity)
         found.append((total / len(members)).float())
     return torch.cat(found)
 
@@ -94,18 +95,18 @@ def _scores(x_PKD: Tensor, y_PJD: Tensor, similarity: Similarity) -> Tensor:
     """(P,) float64."""
     x_PK1D, y_P1JD = x_PKD.double()[:, :, None], y_PJD.double()[:, None]
     if similarity.config.kind == "pcme":
-        squared_PKJ = _summed(lambda part: (x_PK1D[..., part] - y_P1JD[..., part]).square_(), x_PK1D.shape[3])
-        return similarity.of_distances(squared_PKJ.sqrt()[:, :, None])[:, 0]
-    cosine_PKJ = _summed(lambda part: x_PK1D[..., part] * y_P1JD[..., part], x_PK1D.shape[3])
-    return similarity.of_cosines(cosine_PKJ[:, :, None])[:, 0]
+        squares_PKJD = (x_PK1D - y_P1JD).square_()
+        return similarity.of_distances(_dot(squares_PKJD, torch.ones_like(y_P1JD)).sqrt_()[:, :, None])[:, 0]
+    return similarity.of_cosines(_dot(x_PK1D, y_P1JD)[:, :, None])[:, 0]
 
 
-def _summed(terms: Callable[[slice], Tensor], width: int) -> Tensor:
-    """The sum of `terms` over their last dimension, in an order that depends on nothing but its width."""
-    total = terms(slice(0, PARTIAL_SUMS))
-    for start in range(PARTIAL_SUMS, width, PARTIAL_SUMS):
-        part = terms(slice(start, start + PARTIAL_SUMS))
-        total[..., : part.shape[-1]] += part
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Over the last dimension. Their products are exact, so that it makes no difference if one operation multiplies and
+    adds; and they are added in an order that depends on nothing but the width."""
+    total = x[..., :PARTIAL_SUMS] * y[..., :PARTIAL_SUMS]
+    for start in range(PARTIAL_SUMS, x.shape[-1], PARTIAL_SUMS):
+        part = slice(start, min(start + PARTIAL_SUMS, x.shape[-1]))
+        total[..., : part.stop - start].addcmul_(x[..., part], y[..., part])
     while (size := total.shape[-1]) > 1:
         rest = size - size // 2  # one more where the size is odd
         total[..., : size - rest] += total[..., rest:]

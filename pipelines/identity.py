@@ -1,7 +1,13 @@
-"""What the files of a data set are known again by, so that what was prepared of them is used again or made anew."""
+"""What the files of a data set are known again by, so that what was prepared of them is used again or made anew; and
+what stands for the content of what was prepared."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +15,10 @@ from setwise.pipelines import feature_files
 from setwise.pipelines.datasets import Source
 from setwise.platform import storage
 from setwise.platform.errors import DataError
+
+SAMPLED_BYTES = 256
+THREADS = 16  # they wait for files most of the time
+CHUNK = 1024
 
 
 def features(source: Source) -> dict[str, dict[str, Any]]:
@@ -32,22 +42,56 @@ def features(source: Source) -> dict[str, dict[str, Any]]:
 
 
 def of(source: Source, features: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Annotations and extended positives by their content, images by their sizes, features by samples of them."""
+    """Annotations, what was read of them, and extended positives by their content; images by size and a sample of each;
+    features by samples of them.
+
+    Where the files are does not count: moved or copied, they are the same.
+    """
     described = {each["file"] for each in features.values()}
     files = [file for file in source.files if str(file.resolve()) not in described]
     if source.extended_positives is not None:
         files += sorted(path for path in source.extended_positives.rglob("*") if path.is_file())
-    images = source.rows if source.kind == "images" else []
+    images = [row.path for row in source.rows] if source.kind == "images" else []
+    # Of the same annotations, settings such as source.captions_per_image make other rows.
+    rows = ([row.image_id, row.split, row.place, [[c.caption_id, c.text] for c in row.captions]] for row in source.rows)
     return {
         "files": [storage.sha256(file) for file in files],
+        "rows": _fingerprint(json.dumps(row) for row in rows),
         "features": features,
-        "sizes": storage.fingerprint([_size(row.path) for row in images]),
+        "images": _fingerprint(_samples(images)),
     }
 
 
-def _size(path: Path) -> int:
-    """Enough to notice that an image was replaced, at no cost. A missing file counts as -1."""
+def of_prepared(folder: Path, splits: Mapping[str, Any], features: Mapping[str, Mapping[str, Any]]) -> str:
+    """The fingerprint of what was prepared in `folder`: its shards as the manifest lists them, the features that they
+    point to, the words, and the extended positives."""
+    digests = {split: described["digest"] for split, described in features.items()}
+    beside = [folder / "vocabulary.json", *sorted((folder / "extended_positives").rglob("*.json"))]
+    return storage.fingerprint([splits, digests, [storage.sha256(file) for file in beside]])
+
+
+def _samples(images: list[Path]) -> Iterator[str]:
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, len(images), CHUNK):
+            yield from pool.map(_sample, images[start : start + CHUNK])
+
+
+def _sample(path: Path) -> str:
+    """Size and middle of an image, by which it is noticed that another was put in its place, at little cost."""
     try:
-        return path.stat().st_size
-    except OSError:
-        return -1
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return "no file"
+        with path.open("rb") as stream:
+            stream.seek(max(0, status.st_size - SAMPLED_BYTES) // 2)
+            return f"{status.st_size} {stream.read(SAMPLED_BYTES).hex()}"
+    except OSError as error:
+        return f"cannot be read: {error.errno}"
+
+
+def _fingerprint(lines: Iterable[str]) -> str:
+    """Of many lines, which are not kept."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()[:16]

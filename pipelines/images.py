@@ -1,16 +1,19 @@
 """Images from outside: checked before they are decoded, and always ending as plain RGB.
 
-What a preparation stores are JPEGs that libjpeg-turbo decodes without a complaint; those alone are read with
-`decode_jpeg`, and everything else with `read_rgb`.
+What a preparation stores are JPEGs that libjpeg-turbo decodes without a complaint; a training reads those alone, with
+`decode_jpeg`, and everything else is read with `read_rgb`.
 """
 
 from __future__ import annotations
 
 import io
+import stat
 import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from PIL import Image
 
@@ -20,18 +23,36 @@ MAX_PIXELS = 25_000_000
 MAX_ASPECT = 50
 ORIENTATION = 0x0112
 """The tag of EXIF that says how a picture is to be turned; 1 is upright."""
+GAPS = ("premature end of data segment", "bad Huffman code", "bad arithmetic code", "instead of RST")
+"""What libjpeg-turbo says of pixels that are not there. Other complaints, such as bytes too many, cost no pixel."""
 
 
 class BadImageError(ValueError):
     """An image that cannot be used; the message is the reason."""
 
 
+def read_file(path: Path) -> bytes:
+    """The content of an image file.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        BadImageError: it is no file, such as a pipe, on which reading would wait for ever; or far too large, which is
+            seen before anything is read.
+    """
+    status = path.stat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # of a folder, reading says what it is
+        raise BadImageError("is no file")
+    if status.st_size > MAX_BYTES:
+        raise BadImageError(f"{status.st_size:,} bytes; the limit is {MAX_BYTES:,}")
+    return path.read_bytes()
+
+
 def read_rgb(data: bytes) -> Image.Image:
     """Decode one image: first frame, upright as its EXIF says, transparency on white, 16 bits scaled to 8, RGB.
 
     Raises:
-        BadImageError: empty, not an image of the known formats, cut short, far too large or far too narrow. Size is
-            judged from the header, before any pixel is decoded.
+        BadImageError: empty, not an image of the known formats, cut short or with a gap in its pixels, far too large or
+            far too narrow. Size is judged from the header, before any pixel is decoded.
     """
     from PIL import Image, ImageOps
 
@@ -39,7 +60,7 @@ def read_rgb(data: bytes) -> Image.Image:
     # The tile says how pixels are packed; once they are read, nothing tells that they had 16 bits.
     is_deep = bool(image.tile) and "16" in str(image.tile[0][3])
     try:
-        image.load()
+        image = _decoded(image, data)
         with warnings.catch_warnings(action="ignore"):
             image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError) as error:
@@ -76,6 +97,26 @@ def _open(data: bytes) -> Any:
         raise BadImageError(f"{width}x{height} pixels; the limit is {MAX_PIXELS:,}")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadImageError(f"{width}x{height} is narrower than 1:{MAX_ASPECT}")
+    return image
+
+
+def _decoded(image: Any, data: bytes) -> Any:
+    """The image with its pixels. Raises BadImageError where pixels of a JPEG are missing, for which Pillow would put
+    grey, and what Pillow raises where it cannot decode it."""
+    from PIL import Image
+
+    if data.startswith(b"\xff\xd8"):
+        try:
+            if image.mode == "CMYK":
+                decode_jpeg(data, colours="CMYK")
+            else:
+                whole = Image.fromarray(decode_jpeg(data))
+                whole.info = dict(image.info)  # how it is to be turned
+                return whole
+        except ValueError as error:
+            if any(sign in str(error) for sign in GAPS):
+                raise BadImageError(f"its pixels are damaged: {error}") from error
+    image.load()
     return image
 
 
@@ -116,10 +157,11 @@ def may_stay(data: bytes, shorter_side: int | None) -> bool:
     return True
 
 
-def decode_jpeg(data: bytes | np.ndarray, memory: np.ndarray | None = None) -> np.ndarray:
-    """Pixels (H, W, 3) uint8 of a JPEG that `may_stay` or `encode_jpeg` vouches for; the same as Pillow's.
+def decode_jpeg(data: bytes | np.ndarray, memory: np.ndarray | None = None, colours: str = "RGB") -> np.ndarray:
+    """Pixels (H, W, 3) uint8 of a JPEG; the same as Pillow's.
 
     Args:
+        colours: CMYK, of which each pixel has four, for a JPEG that has no others.
         memory: where the pixels are put if there is room; new memory for each image would cost a fifth more time.
 
     Raises:
@@ -131,7 +173,7 @@ def decode_jpeg(data: bytes | np.ndarray, memory: np.ndarray | None = None) -> n
         height, width = simplejpeg.decode_jpeg_header(data)[:2]
         if height * width * 3 > memory.size:
             memory = None
-    pixels: np.ndarray = simplejpeg.decode_jpeg(data, buffer=memory)
+    pixels: np.ndarray = simplejpeg.decode_jpeg(data, colours, buffer=memory)
     return pixels
 
 

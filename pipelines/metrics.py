@@ -46,11 +46,14 @@ def recalls(ranks: Mapping[str, Ranks], ks: Sequence[int] = KS) -> dict[str, flo
 
 
 def best_rank_metrics(ranks: Mapping[str, Ranks], ks: Sequence[int] = KS) -> dict[str, float]:
-    """What is reported where one positive is enough: `recalls`, their sum `rsum`, and median and mean rank."""
+    """What is reported where one positive is enough: `recalls`, their sum `rsum`, and median and mean rank.
+
+    Of an even number of queries the median may lie between two ranks; it is rounded down, as in the literature's Med r.
+    """
     values = recalls(ranks, ks)
     rsum = sum(values.values())
     for direction, ranks_Q in ranks.items():
-        values[f"{direction}_median_rank"] = float(np.median(ranks_Q))
+        values[f"{direction}_median_rank"] = float(np.floor(np.median(ranks_Q)))
         values[f"{direction}_mean_rank"] = float(ranks_Q.mean())
     return values | {"rsum": rsum}
 

@@ -32,13 +32,13 @@ from setwise.pipelines.digits import DigitsConfig, generate
 from setwise.pipelines.shards import Shard
 from setwise.platform import cluster, storage
 from setwise.platform.config import Settings
-from setwise.platform.errors import ConfigError, DataError
+from setwise.platform.errors import ConfigError, DataError, SetwiseError
 from setwise.platform.run import NAME
 
 if TYPE_CHECKING:
     from setwise.pipelines.recipe import Recipe
 
-SCHEMA = 3
+SCHEMA = 4
 Say = Callable[[str], None]
 Task = tuple[str, list[Row]]
 """The file of a shard, and its rows."""
@@ -110,21 +110,36 @@ class Prepared:
         return f"{counts}; {len(self.manifest['quarantine'])} quarantined"
 
 
+def check_name(name: str) -> None:
+    """Raises ConfigError if a data set cannot be called `name`."""
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"'{name}' cannot name a data set: use lower-case letters, digits, '.', '_' and '-'")
+
+
+def is_there(name: str, store: Path) -> bool:
+    """Whether data set `name` was prepared in `store`, whatever became of it since."""
+    return (store / "data" / name / "prepared" / "manifest.json").is_file()
+
+
 def open_prepared(name: str, store: Path) -> Prepared:
     """A data set that was prepared before.
 
     Raises:
-        DataError: it was not, a shard is missing, or region features have changed since.
+        ConfigError: `name` cannot be one.
+        DataError: it was not, a file of it is missing or damaged, or region features have changed since.
     """
+    check_name(name)
     folder = store / "data" / name / "prepared"
-    if not (folder / "manifest.json").is_file():
+    if not is_there(name, store):
         raise DataError(f"data set '{name}' is not prepared in {store}. Do it with: {command(name)}")
-    manifest = storage.read_json(folder / "manifest.json")
+    manifest = _manifest(folder)
+    if manifest is None:
+        raise DataError(f"{folder / 'manifest.json'} is damaged. Make it again: {command(name)}")
     if manifest["identity"]["schema"] != SCHEMA:
         raise DataError(f"{folder}: another version of setwise made it. Make it again: {command(name)}")
     again = command(name, manifest["source"]["folder"])
     if path := _damaged(folder, manifest):
-        raise DataError(f"{path} is missing or cut short. Make it again: {again}")
+        raise DataError(f"{path} is missing or not as long as it was. Make it again: {again}")
     for described in manifest["features"].values():
         if change := feature_files.change(described):
             raise DataError(f"{change}. Prepare the data set again: {again}")
@@ -174,8 +189,25 @@ def check_fits(prepared: Prepared, recipe: Recipe) -> None:
             )
 
 
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """What the manifest of a prepared data set says, None if that is nothing."""
+    manifest = _read(folder / "manifest.json")
+    is_one = isinstance(manifest, dict) and isinstance(manifest.get("identity"), dict)
+    return manifest if is_one and "schema" in manifest["identity"] else None
+
+
+def _read(file: Path) -> Any:
+    """The content of a JSON file, None if it is missing or damaged."""
+    try:
+        return storage.read_json(file)
+    except (OSError, ValueError):
+        return None
+
+
 def _damaged(folder: Path, manifest: dict[str, Any]) -> Path | None:
-    """The first shard that is missing or has another length than was written."""
+    """The first file that is missing, or the first shard that has another length than was written."""
+    if not (folder / "vocabulary.json").is_file():
+        return folder / "vocabulary.json"
     for split in manifest["splits"].values():
         for shard in split["shards"]:
             if not shards.is_whole(folder, shard):
@@ -191,7 +223,7 @@ def prepare_digits(store: Path, settings: DigitsPreparation, say: Say) -> Prepar
         source = base / "source"
         wanted = {"generator": digits.model_dump(mode="json")}
         marker = source / "generated.json"
-        if not marker.is_file() or storage.read_json(marker) != wanted:
+        if _read(marker) != wanted:
             say(f"composing {digits.train + digits.val + digits.test:,} scenes from handwritten digits")
             with storage.publish_folder(source) as building:
                 generate(building, digits)
@@ -207,8 +239,7 @@ def prepare_source(name: str, store: Path, settings: PrepareSettings, say: Say) 
         ConfigError: `name` cannot be one, or the settings say nowhere where the files are.
         DataError: the files are wrong, or too many of the images are.
     """
-    if not NAME.fullmatch(name):
-        raise ConfigError(f"'{name}' cannot name a data set: use lower-case letters, digits, '.', '_' and '-'")
+    check_name(name)
     base = store / "data" / name
     with storage.lease(base / "lease", f"data set '{name}'"):
         source = datasets.open_source(name, settings.source)
@@ -236,12 +267,10 @@ def prepare(source: Source, target: Path, settings: PrepareConfig, say: Say, fol
         "settings": settings.model_dump(mode="json", exclude={"max_bad_share"}),
         **identity.of(source, features),
     }
-    manifest_file = target / "manifest.json"
-    if manifest_file.is_file():
-        manifest = storage.read_json(manifest_file)
-        if manifest["identity"] == known_by and not _damaged(target, manifest):
-            say(f"'{source.name}' is prepared already ({target})")
-            return Prepared(target, manifest)
+    manifest = _manifest(target)
+    if manifest is not None and manifest["identity"] == known_by and not _damaged(target, manifest):
+        say(f"'{source.name}' is prepared already ({target})")
+        return Prepared(target, manifest)
 
     working = target.with_name(f".{target.name}-{storage.fingerprint(known_by)}")
     _remove_leftovers(target, working)
@@ -255,25 +284,17 @@ def prepare(source: Source, target: Path, settings: PrepareConfig, say: Say, fol
     written = [_written(working / file) for file, _ in tasks]
 
     quarantine = [*source.quarantine, *(bad for shard in written for bad in shard.quarantine)]
-    left_out = {(bad["image_id"], bad["path"]) for bad in source.quarantine if bad["caption_id"] is None}
-    total = len(source.rows) + len(left_out)
-    bad_images = total - sum(shard.images for shard in written)
-    if bad_images > settings.max_bad_share * total:
-        reasons = [f"{bad['path']}: {bad['reason']}" for bad in quarantine if bad["caption_id"] is None]
-        raise DataError(
-            f"{bad_images:,} of {total:,} images cannot be used, more than the {settings.max_bad_share:.1%} that "
-            f"prepare.max_bad_share allows. The first: {'; '.join(reasons[:3])}"
-        )
     splits = _splits(written)
+    for lost in shards.check_losses(source, splits, quarantine, settings.max_bad_share):
+        say(lost)
     training = shards.captions(working, splits["train"]) if "train" in splits else []
     vocabulary.write(working / "vocabulary.json", vocabulary.collect(training))
     if source.extended_positives is not None:
         shutil.copytree(source.extended_positives, working / "extended_positives", dirs_exist_ok=True)
-    digests = {split: described["digest"] for split, described in features.items()}
     manifest = {
         "name": source.name,
         "kind": source.kind,
-        "fingerprint": storage.fingerprint([splits, digests, storage.sha256(working / "vocabulary.json")]),
+        "fingerprint": identity.of_prepared(working, splits, features),
         "identity": known_by,
         "settings": settings.model_dump(mode="json"),
         "source": {"folder": folder, "files": [str(file) for file in source.files], "notes": source.notes},
@@ -309,15 +330,24 @@ def _write_shards(tasks: list[Task], folder: Path, settings: PrepareConfig) -> N
     form = settings.shorter_side, settings.jpeg_quality, settings.halved_colour
 
     def write(task: dict[str, str]) -> dict[str, str]:
-        shards.write(folder / task["file"], shards.load_rows(task["rows"]), *form)
-        return {"file": task["file"]}
+        wrong = unwritable = ""  # an error that is raised here does not reach the driver as what it is
+        try:
+            shards.write(folder / task["file"], shards.load_rows(task["rows"]), *form)
+        except DataError as error:
+            wrong = str(error)
+        except OSError as error:
+            unwritable = f"{folder / task['file']} cannot be written ({error.strerror or error})"
+        return {"file": task["file"], "wrong": wrong, "unwritable": unwritable}
 
     # Rows go as JSON, since Ray Data would store nested lists as pickles; what was written is read from the folder.
     items = [{"file": file, "rows": shards.dump_rows(rows)} for file, rows in tasks]
     one_is_for_the_driver = max(1, cluster.cpus() - 1)
     written = ray.data.from_items(items, override_num_blocks=len(items)).map(write, concurrency=one_is_for_the_driver)
-    for _ in written.iter_rows():
-        pass
+    for row in written.iter_rows():
+        if row["wrong"]:
+            raise DataError(row["wrong"])
+        if row["unwritable"]:
+            raise SetwiseError(f"{row['unwritable']}. When it can be written, the same command goes on")
 
 
 def _written(path: Path) -> Shard:
@@ -347,12 +377,15 @@ def _splits(written: list[Shard]) -> dict[str, Any]:
 
 
 def _remove_leftovers(target: Path, working: Path) -> None:
-    """Of other attempts everything, and of this one the files that were being written when it was killed."""
+    """Of other attempts everything, and of this one the files that were being written when it was killed.
+
+    Workers of a killed preparation may live a moment longer than it, and write.
+    """
     for left in target.parent.glob(f".{target.name}-*"):
         if left != working:
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
     for part in working.glob(".*"):
-        part.unlink()
+        part.unlink(missing_ok=True)
 
 
 def _publish(working: Path, target: Path) -> None:

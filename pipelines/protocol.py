@@ -51,7 +51,7 @@ def _queries(measured: Mapping[str, int], named: Mapping[str, int]) -> str:
         all_of_them = named.get(direction, measured[direction])
         return f"{measured[direction]:,}" + (f" of {all_of_them:,}" if all_of_them != measured[direction] else "")
 
-    return ", ".join(f"{direction} {share(direction)}" for direction in measured)
+    return ", ".join(f"{direction} {share(direction)}" for direction in sorted(measured))
 
 
 def _similarity(described: Mapping[str, Any] | list[Mapping[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from setwise.pipelines import metrics, ranking
 from setwise.pipelines.positives import Integers, Positives, Truth, own_captions
 from setwise.pipelines.ranking import Asked, Member, Ties
+from setwise.platform.errors import DivergedError
 
 Name = TypeVar("Name", bound=str)
 
@@ -35,6 +36,15 @@ class Ranked:
     best: Integers
     best_in_fold: Integers | None
     every: Integers | None
+
+
+def check_finite(members: Sequence[Member], whose: str) -> None:
+    """Raises DivergedError where an embedding, or a parameter of a similarity, is not a finite number."""
+    for member in members:
+        if not all(bool(x.isfinite().all()) for x in (member.rows, member.columns, *member.similarity.parameters())):
+            raise DivergedError(
+                f"{whose}: an embedding is NaN or infinite. The model has diverged, and no ranking of it means anything"
+            )
 
 
 def count(

@@ -33,7 +33,7 @@ SHARE = 0.05
 """Of a block's pairs: where more are near, computing all of them in the next precision is faster."""
 PATIENCE, PAUSE = 4, 32
 """After so many such blocks in a row the screen is left out for so many."""
-MANY = 4096
+MANY = 16384
 """Pairs in doubt are computed again when there are so many."""
 SMALL = 1e9
 """Multiplications of numbers below which it is not worth the time to find the fastest screen."""
@@ -230,6 +230,8 @@ class _Tally:
         if not self.doubts:
             return
         asks, items, in_fold = (torch.cat(parts) for parts in zip(*self.doubts, strict=True))
+        order = self._pairs(asks, items)[1].argsort()  # so that a column stays in cache
+        asks, items, in_fold = asks[order], items[order], in_fold[order]
         self.doubts, self.doubtful = [], 0
         values, reaches = self.comparison.pair_scores(*self._pairs(asks, items))
         some = self.decide(values, asks, reaches, in_fold)

@@ -120,7 +120,6 @@ def extract(source: Source, target: Path, settings: RegionExtraction, weights_fo
     wanted = {
         "schema": SCHEMA,
         **identity.of(source, {}),
-        "rows": storage.fingerprint([[row.image_id, row.split, _captions(row)] for row in source.rows]),
         "weights": storage.sha256(weights),
         "detector": detector.model_dump(mode="json", exclude={"weights"}),
         "dtype": settings.dtype,

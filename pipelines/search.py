@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from setwise.pipelines import batches, index, prepare, shards, trained_model
-from setwise.pipelines.images import BadImageError, encode_jpeg, read_rgb
+from setwise.pipelines.images import BadImageError, encode_jpeg, read_file, read_rgb
 from setwise.pipelines.references import Reference
 from setwise.platform.errors import ConfigError, DataError
 
@@ -85,7 +85,7 @@ def search(query: str, reference: Reference, store: Path, top: int = 5, split: s
 def _image_file(path: Path) -> bytes:
     """The bytes of an image, checked and stored again as an upright RGB JPEG of high quality."""
     try:
-        return encode_jpeg(read_rgb(path.read_bytes()), quality=98)
+        return encode_jpeg(read_rgb(read_file(path)), quality=98)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except BadImageError as error:
@@ -96,6 +96,7 @@ def export_images(answer: Answer, store: Path, folder: Path) -> list[Path]:
     """Write the images of an answer to `folder`, best first, to be looked at.
 
     Raises:
+        ConfigError: the folder cannot be written.
         DataError: the data set holds region features, and no images.
     """
     prepared = prepare.open_prepared(answer.dataset, store)
@@ -105,10 +106,13 @@ def export_images(answer: Answer, store: Path, folder: Path) -> list[Path]:
     jpegs = shards.Jpegs(prepared.folder, split)
     image_ids = shards.read(prepared.folder, split, ("image_id",)).column("image_id").to_pylist()
     places = {image_id: place for place, image_id in enumerate(image_ids)}
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for rank, hit in enumerate(answer.hits, start=1):
-        path = folder / f"{rank:02d}_{hit.image_id}.jpg"
-        path.write_bytes(jpegs[places[hit.image_id]].tobytes())
-        paths.append(path)
+    paths = [folder / f"{rank:02d}_{hit.image_id}.jpg" for rank, hit in enumerate(answer.hits, start=1)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, hit in zip(paths, answer.hits, strict=True):
+            path.write_bytes(jpegs[places[hit.image_id]].tobytes())
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: images cannot be written there ({error.strerror}). Name another folder"
+        ) from error
     return paths

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from setwise.pipelines import feature_files
-from setwise.pipelines.datasets import Caption, Row
-from setwise.pipelines.images import BadImageError, encode_jpeg, may_stay, read_rgb, resize_shorter_side
+from setwise.pipelines.datasets import Caption, Row, Source
+from setwise.pipelines.images import BadImageError, encode_jpeg, may_stay, read_file, read_rgb, resize_shorter_side
 from setwise.platform import storage
 from setwise.platform.errors import DataError
 
@@ -105,7 +105,7 @@ def write(path: Path, rows: list[Row], shorter_side: int | None, quality: int, h
             columns[stored].append(row.place)
         else:
             try:
-                columns[stored].append(_stored_jpeg(row.path.read_bytes(), shorter_side, quality, halved_colour))
+                columns[stored].append(_stored_jpeg(read_file(row.path), shorter_side, quality, halved_colour))
             except OSError as error:
                 set_aside(row, None, f"cannot be read: {error.strerror}")
                 continue
@@ -164,6 +164,48 @@ def is_whole(folder: Path, shard: Mapping[str, Any]) -> bool:
     return shard["offsets_sha256"] is None or _beside(path, ".offsets.npy").is_file()
 
 
+def check_losses(
+    source: Source, splits: Mapping[str, Any], quarantine: list[dict[str, Any]], allowed: float
+) -> list[str]:
+    """What val and test lack, a sentence each, of the splits that were written.
+
+    Args:
+        quarantine: all that was left out, by the reader and here. Of what names no image it is not known how many
+            images it is of, so it counts among the captions.
+        allowed: share of the images, and of the captions, that may be left out.
+
+    Raises:
+        DataError: more was left out, or all of a split.
+    """
+    lines = [bad for bad in quarantine if bad["image_id"] is None]
+    captions = sum(len(row.captions) for row in source.rows) + len(lines)
+    images = [bad for bad in quarantine if bad["image_id"] is not None and bad["caption_id"] is None]
+    total = len({row.image_id for row in source.rows} | {bad["image_id"] for bad in images})
+    lost = total - sum(split["images"] for split in splits.values())
+    for bad, number, of, what in ((lines, len(lines), captions, "captions"), (images, lost, total, "images")):
+        if number > allowed * of:
+            raise DataError(
+                f"{number:,} of {of:,} {what} cannot be used, more than the {allowed:.1%} that prepare.max_bad_share "
+                f"allows. The first: {_reasons(bad)}"
+            )
+    lacking = []
+    for name, split in splits.items():
+        wanted = {row.image_id for row in source.rows if row.split == name}
+        if not split["images"]:
+            why = _reasons([bad for bad in images if bad["image_id"] in wanted])
+            raise DataError(f"none of the {len(wanted):,} images of {name} can be used. The first: {why}")
+        if name != "train" and (fewer := len(wanted) - split["images"]):
+            lacking.append(
+                f"{name} lacks {fewer:,} of {len(wanted):,} images, which cannot be used: numbers will be of another "
+                f"{name} than with all of them"
+            )
+    return lacking
+
+
+def _reasons(quarantine: list[dict[str, Any]]) -> str:
+    return "; ".join(f"{bad['path']}: {bad['reason']}" for bad in quarantine[:3])
+
+
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.stem + suffix)
 
@@ -209,11 +251,17 @@ def _offsets(content: bytes, jpegs: list[bytes]) -> bytes:
 
 
 def read(folder: Path, split: Mapping[str, Any], columns: tuple[str, ...]) -> pyarrow.Table:
-    """Columns of a split of the manifest, in order."""
+    """Columns of a split of the manifest, in order. Raises DataError if a shard is damaged."""
     import pyarrow
     import pyarrow.parquet
 
-    parts = [pyarrow.parquet.read_table(folder / shard["file"], columns=list(columns)) for shard in split["shards"]]
+    parts = []
+    for shard in split["shards"]:
+        path = folder / str(shard["file"])
+        try:
+            parts.append(pyarrow.parquet.read_table(path, columns=list(columns)))
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise DataError(f"{path} is damaged ({error}). Remove {folder} and prepare the data set again") from error
     return pyarrow.concat_tables(parts)
 
 

@@ -51,10 +51,10 @@ def outcome(measured: Outcome) -> RenderableType:
 
 def comparison(compared: Comparison) -> RenderableType:
     """Runs beside each other: the settings that differ, then what was measured."""
-    table = Table()
-    table.add_column("run")
-    table.add_column("status")
-    table.add_column("epochs", justify="right")
+    table = Table()  # in a narrow terminal names fold: cut short, those of two runs would look alike
+    table.add_column("run", overflow="fold")
+    table.add_column("status", overflow="fold")
+    table.add_column("epochs", justify="right", overflow="fold")
     settings = list(compared.rows[0].settings) if compared.rows else []
     measured = {name for row in compared.rows for name in row.values}
     values = [
@@ -62,9 +62,9 @@ def comparison(compared: Comparison) -> RenderableType:
         *sorted(name for name in measured if name.rpartition("/")[2] in COMPARED and name != VALIDATION),
     ]
     for name in settings:
-        table.add_column(name.rpartition(".")[2], justify="right")
+        table.add_column(name.rpartition(".")[2], justify="right", overflow="fold")
     for name in values:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for row in compared.rows:
         shown = [plain(row.settings[name]) for name in settings]
         numbers = [f"{row.values[name]:.1f}" if name in row.values else "" for name in values]

@@ -200,9 +200,14 @@ def update(
 def validate(
     retrieval: Retrieval, split: Split, batch_size: int, device: torch.device, threads: int = 0
 ) -> dict[str, float]:
-    """R@K and RSUM on the validation split, as `val/...`; draws no random number."""
+    """R@K and RSUM on the validation split, as `val/...`; draws no random number.
+
+    Raises:
+        DivergedError: an embedding is not finite.
+    """
     sets = trained_model.embed(retrieval.retriever, split, batch_size, device, threads)
     members = [Member(sets.image_sets, sets.text_sets, retrieval.similarity)]
+    query_ranks.check_finite(members, "validation")
     values = query_ranks.own_metrics(members, sets.owners.numpy(), device)
     return {f"val/{name}": value for name, value in values.items()}
 

@@ -62,8 +62,13 @@ class TrainedModel:
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits that stand for these weights."""
-        return str(self.metadata["weights_sha256"])[:16]
+        """16 hexadecimal digits that stand for what decides an embedding: weights, and how images are cut and the
+        network is built.
+
+        Two trainings that differ in `data.eval_view` alone end with the same weights.
+        """
+        recipe = self.recipe.model_dump(mode="json", include={"data", "model"})
+        return storage.fingerprint([self.metadata["weights_sha256"], recipe, self.metadata["vocabulary"]])
 
     @torch.inference_mode()
     def encode_images(self, images: Tensor) -> Tensor:

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from setwise.pipelines import coco_captions, content_checks, datasets, positives, prepare, shards
+from setwise.pipelines import coco_captions, content_checks, datasets, identity, positives, prepare, shards
 from setwise.pipelines.datasets import Caption, Row, SourceConfig, listed
 from setwise.pipelines.findings import Finding, Report
 from setwise.platform import storage
-from setwise.platform.errors import ConfigError, DataError
-from setwise.platform.run import NAME
+from setwise.platform.errors import DataError
 
 Say = Callable[[str], None]
 LICENCES = {
@@ -38,8 +37,7 @@ def verify(name: str, source: SourceConfig | None, store: Path, *, deep: bool, s
         ConfigError: `name` cannot be one, or no folder is given.
         DataError: nothing was prepared, or so damaged that it cannot be opened.
     """
-    if not NAME.fullmatch(name):
-        raise ConfigError(f"'{name}' cannot name a data set: use lower-case letters, digits, '.', '_' and '-'")
+    prepare.check_name(name)
     if source is None:
         findings, rows = _prepared(name, store, deep, say)
     else:
@@ -99,6 +97,11 @@ def _prepared(name: str, store: Path, deep: bool, say: Say) -> tuple[list[Findin
         raise DataError(
             f"{len(damaged):,} files are missing, or are not as they were written: {listed(damaged)}. Make them again: "
             f"remove {prepared.folder} and {again}"
+        )
+    if identity.of_prepared(prepared.folder, manifest["splits"], manifest["features"]) != prepared.fingerprint:
+        raise DataError(
+            f"{prepared.folder}: manifest.json, vocabulary.json or extended_positives are not as they were written. "
+            f"Make them again: remove {prepared.folder} and {again}"
         )
     findings = [Finding("information", f"all {len(files):,} files of shards are as they were written")]
     if manifest["quarantine"]:

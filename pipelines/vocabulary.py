@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from setwise.platform.errors import DataError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -104,4 +106,9 @@ def write(path: Path, vocabulary: Vocabulary) -> None:
 
 
 def read(path: Path) -> Vocabulary:
-    return Vocabulary(tuple(json.loads(path.read_bytes())))
+    """The words in a file. Raises DataError if it is missing or damaged."""
+    try:
+        words = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a list of words ({error}). Prepare the data set again") from error
+    return Vocabulary(tuple(words))

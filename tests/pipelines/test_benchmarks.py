@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,15 @@ def test_extended_positives_are_looked_up_by_id(tmp_path: Path) -> None:
     (tmp_path / "image_to_caption.json").write_text('{"7": ["many"]}')
     with pytest.raises(DataError, match=r"image_to_caption\.json: expected"):
         one("x_extended", "extended", small, extended=tmp_path)
+
+
+def test_damaged_ratings_are_found_before_anything_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(CXC, tmp_path / "cxc")
+    file = tmp_path / "cxc" / "sits_test.csv.gz"
+    file.write_bytes(file.read_bytes()[:-1000])
+    monkeypatch.delattr(ranking, "count_ahead")
+    with pytest.raises(DataError, match=r"sits_test\.csv\.gz: damaged, or cut short"):
+        one("cxc", "cxc", coco_part(), cxc=tmp_path / "cxc")
 
 
 def test_names_are_those_of_the_literature_where_it_has_any() -> None:

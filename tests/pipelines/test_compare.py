@@ -107,6 +107,17 @@ def test_models_with_similarities_of_their_own_are_compared_and_the_difference_i
     assert "each model is measured with its own similarity: similarity.alpha: 4 | 8" in printed.get()
 
 
+def test_names_are_whole_in_a_narrow_terminal(tmp_path: Path) -> None:
+    runs = [make(tmp_path, f"coco_resnet152-{name}", "x: 1\n", 1, 2.0) for name in "ab"]
+    for one in runs:
+        for benchmark in ("coco_1k", "coco_5k", "coco_5k.official_ties"):
+            measure(one, benchmark, {"ties": "pessimistic"}, rsum=300.0)
+    console = Console(width=50)
+    with console.capture() as printed:
+        console.print(tables.comparison(compare.compare(runs)))
+    assert "…" not in printed.get()
+
+
 def test_a_comparison_is_one_json_object(tmp_path: Path) -> None:
     runs = [make(tmp_path, "a", "x: 1\n", 1, 2.0, "FINISHED"), make(tmp_path, "b", "x: 2\n")]
     value = json.loads(json.dumps(compare.compare(runs).to_json()))

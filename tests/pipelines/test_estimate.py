@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from setwise.models.batch_loss import batch_loss
 from setwise.models.set_prediction import SetEmbedding
-from setwise.pipelines import datasets, estimate, hardware, recipe
+from setwise.pipelines import datasets, estimate, hardware, prepare, recipe
+from setwise.pipelines.datasets import Source
 from setwise.pipelines.digits import DigitsConfig
 from setwise.pipelines.estimate import GIB
 from setwise.pipelines.hardware import Preset
@@ -18,6 +20,7 @@ from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.trained_model import Retrieval
 from setwise.platform import checkpoint
 from setwise.platform.errors import ConfigError, DataError
+from tiny import images_source, regions_source, run, write_serially
 
 NOWHERE = Path("/nowhere")
 DIGITS = "digits_cnn_bigru"
@@ -214,3 +217,45 @@ def test_a_data_set_that_nobody_knows_has_to_be_prepared() -> None:
     settings = recipe.load(DIGITS, ["data.name=mine"])
     with pytest.raises(DataError, match="data set 'mine' is not prepared"):
         estimate.sizes(settings, NOWHERE)
+
+
+def prepared(store: Path, monkeypatch: pytest.MonkeyPatch, source: Source) -> Path:
+    """The folder in which `source` is prepared."""
+    monkeypatch.setattr(prepare, "_write_shards", write_serially)
+    (store / "files").mkdir(exist_ok=True)
+    return run(source, store / "data" / source.name / "prepared").folder
+
+
+BUTD = ["data.name=coco_butd", "model.image_encoder.feature_dim=5"]
+
+
+def test_regions_are_those_of_the_prepared_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a data set whose published features have 36."""
+    prepared(tmp_path, monkeypatch, replace(regions_source(tmp_path / "files"), name="coco_butd"))
+    of = estimate.sizes(recipe.load("coco_butd_bigru", BUTD), tmp_path)
+    assert (of.images, of.inputs.regions, of.inputs.captions) == (20, 6, 2)
+    assert estimate.sizes(recipe.load("coco_butd_bigru", BUTD), NOWHERE).inputs.regions == 36
+
+
+def test_a_recipe_that_cannot_read_what_was_prepared_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(tmp_path, monkeypatch, replace(regions_source(tmp_path / "files"), name="coco_butd"))
+    with pytest.raises(ConfigError, match=r"Set model\.image_encoder\.feature_dim=5"):
+        estimate.sizes(recipe.load("coco_butd_bigru"), tmp_path)
+
+
+def test_a_damaged_data_set_is_not_taken_for_one_that_is_not_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = prepared(tmp_path, monkeypatch, replace(regions_source(tmp_path / "files"), name="coco_butd"))
+    (folder / "train-00000.parquet").unlink()
+    with pytest.raises(DataError, match=r"train-00000\.parquet is missing"):
+        estimate.sizes(recipe.load("coco_butd_bigru", BUTD), tmp_path)
+
+
+def test_a_data_set_without_training_images_has_no_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = images_source(tmp_path / "files")
+    prepared(tmp_path, monkeypatch, replace(source, rows=[row for row in source.rows if row.split == "test"]))
+    with pytest.raises(DataError, match="'pictures' has no split train"):
+        estimate.sizes(recipe.load(DIGITS, ["data.name=pictures"]), tmp_path)

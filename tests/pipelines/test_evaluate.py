@@ -29,7 +29,7 @@ from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.references import Reference
 from setwise.pipelines.trained_model import Embeddings, Retrieval, TrainedModel
 from setwise.platform import checkpoint, run, seeding, storage
-from setwise.platform.errors import ConfigError, DataError
+from setwise.platform.errors import ConfigError, DataError, DivergedError
 from setwise.platform.run import Run
 
 
@@ -94,7 +94,7 @@ def test_each_image_is_encoded_once_and_what_is_recorded_is_not_measured_again(
     assert run.read_events(reference.run.events) == events and sum(images) == 50
     kept = evaluate.ranks(reference.run, "digits_5k")["t2i"]
     assert kept.ranks.dtype == np.int32 and len(kept.ids) == 250
-    assert np.median(kept.ranks) == first[1].values["t2i_median_rank"]
+    assert np.floor(np.median(kept.ranks)) == first[1].values["t2i_median_rank"]
 
 
 def test_a_benchmark_that_is_missing_or_damaged_is_measured_alone(place: Path, tiny_recipe: Recipe) -> None:
@@ -107,6 +107,50 @@ def test_a_benchmark_that_is_missing_or_damaged_is_measured_alone(place: Path, t
     (folder / "digits_1k.safetensors").write_bytes(b"half")
     assert [one.to_json() for one in evaluate.evaluate([reference], place)] == [one.to_json() for one in every]
     assert evaluate.ranks(reference.run, "digits_1k")["i2t"].ids.shape == (50,)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"benchmark": "digits_5k", "val', b"[]", b'{"weights": 1}', b"\xff"])
+def test_a_damaged_record_is_measured_again_and_until_then_refused(
+    place: Path, tiny_recipe: Recipe, content: bytes
+) -> None:
+    reference = untrained(place, tiny_recipe, "one")
+    assert reference.run is not None
+    every = evaluate.evaluate([reference], place)
+    file = reference.run.evaluation / "digits_5k.json"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"digits_5k\.json: damaged\. Delete it, and measure again: setwise eval one"):
+        evaluate.recorded(reference.run)
+    assert [one.to_json() for one in evaluate.evaluate([reference], place)] == [one.to_json() for one in every]
+    file.write_bytes(content)
+    evaluate.evaluate([reference], place, names=["digits_1k"], ties="official")
+    assert len(evaluate.recorded(reference.run)) == 3, "what is left of a damaged one went"
+
+
+def test_whoever_is_stopped_before_the_events_are_written_has_recorded_nothing(
+    place: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = untrained(place, tiny_recipe, "one")
+    assert reference.run is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "Outbox", forbidden)
+        with pytest.raises(AssertionError):
+            evaluate.evaluate([reference], place, names=["digits_5k"])
+    evaluate.evaluate([reference], place, names=["digits_5k"])
+    events = run.read_events(reference.run.events)
+    assert [event["kind"] for event in events] == ["metrics", "tags"]
+
+
+def test_a_record_of_an_earlier_version_is_shown_and_measured_again(place: Path, tiny_recipe: Recipe) -> None:
+    reference = untrained(place, tiny_recipe, "one")
+    assert reference.run is not None
+    (new,) = evaluate.evaluate([reference], place, names=["digits_5k"])
+    file = reference.run.evaluation / "digits_5k.json"
+    content = storage.read_json(file)
+    del content["ties"], content["protocol"]["members"]
+    storage.write_json(file, content | {"values": {"rsum": 1.0}})
+    assert evaluate.recorded(reference.run)[0].values == {"rsum": 1.0}
+    assert evaluate.evaluate([reference], place, names=["digits_5k"])[0].values == new.values
+    assert storage.read_json(file)["ties"] == "pessimistic"
 
 
 def test_what_was_kept_of_other_weights_goes_when_new_ones_are_measured(place: Path, tiny_recipe: Recipe) -> None:
@@ -150,6 +194,30 @@ def test_an_ensemble_averages_scores_and_is_recorded_with_nobody(place: Path, ti
     assert together.values == pytest.approx(expected)
     assert together.protocol["members"] == 2
     assert [one["alpha"] for one in together.protocol["similarity"]] == [tiny_recipe.similarity.alpha, 4]
+
+
+def test_a_model_is_no_ensemble_with_itself(place: Path, tiny_recipe: Recipe) -> None:
+    one, copy = (untrained(place, tiny_recipe, name) for name in ("one", "copy"))
+    for other in (one, copy):
+        with pytest.raises(ConfigError, match=f"one and {other.label} are one model"):
+            evaluate.evaluate([one, other], place)
+    sharper = tiny_recipe.model_copy(update={"similarity": tiny_recipe.similarity.model_copy(update={"alpha": 4})})
+    assert evaluate.evaluate([one, untrained(place, sharper, "sharper")], place, names=["digits_5k"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_model_is_refused(place: Path, tiny_recipe: Recipe, value: float) -> None:
+    reference = untrained(place, tiny_recipe, "one")
+    model, prepared = trained_model.load(reference.checkpoint), prepare.open_prepared("digits", place)
+    for parameter in model.retrieval.parameters():
+        parameter.detach().fill_(value)
+    with pytest.raises(DivergedError, match="validation: an embedding is NaN"):
+        train.validate(model.retrieval, index.open_split(model, prepared, "val"), 50, model.device)
+    metadata = {name: content for name, content in model.metadata.items() if name != "weights_sha256"}
+    shutil.rmtree(reference.checkpoint)
+    checkpoint.save(reference.checkpoint, model.retrieval.state_dict(), metadata, None)
+    with pytest.raises(DivergedError, match="The model has diverged"):
+        evaluate.evaluate([reference], place)
 
 
 def test_members_of_an_ensemble_read_the_same_data(place: Path, tiny_recipe: Recipe) -> None:
@@ -212,6 +280,8 @@ def test_ratings_are_looked_for_and_their_place_is_said(
     with console.capture() as printed:
         console.print(shown)
     assert "text to text" in printed.get() and "SITS (image and text), Spearman with the ratings:" in printed.get()
+    shutil.rmtree(place / "data" / "cxc")
+    assert evaluate.evaluate([reference], place, names=["cxc"])[0] == whole, "without ratings, those with them stay"
     with pytest.raises(DataError, match="neither sts_test"):
         evaluate.evaluate([reference], place, names=["cxc"], cxc=place / "data" / "digits")
 

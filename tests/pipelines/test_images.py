@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from setwise.pipelines.images import BadImageError, decode_jpeg, encode_jpeg, may_stay, read_rgb, resize_shorter_side
+from setwise.pipelines.images import (
+    BadImageError,
+    decode_jpeg,
+    encode_jpeg,
+    may_stay,
+    read_file,
+    read_rgb,
+    resize_shorter_side,
+)
 
 
 def png(image: Image.Image, **options: object) -> bytes:
@@ -203,3 +213,40 @@ def test_a_jpeg_whose_channels_are_rgb_already_keeps_its_colours() -> None:
     data = buffer.getvalue()
     assert pixel(data) == pytest.approx((200, 30, 40), abs=3)
     assert not may_stay(data, None) or decode_jpeg(data)[2, 2] == pytest.approx((200, 30, 40), abs=3)
+
+
+def cut_in_the_middle(data: bytes) -> bytes:
+    return data[: len(data) * 2 // 3] + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_without_some_of_its_pixels_is_none_although_it_ends_as_one(mode: str, options: dict[str, bool]) -> None:
+    """Pillow would put grey in their place."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    whole = jpeg(Image.fromarray(noise).convert(mode), **options)
+    assert read_rgb(whole).size == (80, 60)
+    with pytest.raises(BadImageError, match=r"pixels are damaged: .*premature end"):
+        read_rgb(cut_in_the_middle(whole))
+
+
+def test_bytes_too_many_in_a_jpeg_cost_no_pixel() -> None:
+    whole = jpeg(Image.new("RGB", (80, 60), "red"))
+    more = whole[:-2] + bytes(64) + whole[-2:]
+    with pytest.raises(ValueError, match="extraneous"):
+        decode_jpeg(more)
+    assert read_rgb(more).tobytes() == read_rgb(whole).tobytes()
+
+
+def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(BadImageError, match="no file"):
+        read_file(tmp_path / "pipe.jpg")
+
+
+def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
+    """Of a TiB, of which none is on the disk."""
+    (tmp_path / "huge.jpg").touch()
+    os.truncate(tmp_path / "huge.jpg", 2**40)
+    with pytest.raises(BadImageError, match="1,099,511,627,776 bytes; the limit is 20,000,000"):
+        read_file(tmp_path / "huge.jpg")

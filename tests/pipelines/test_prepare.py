@@ -23,7 +23,7 @@ from setwise.pipelines.digits import DigitsConfig
 from setwise.pipelines.prepare import DigitsPreparation, DigitsPrepareConfig, PrepareConfig
 from setwise.pipelines.recipe import DataConfig
 from setwise.platform import cluster
-from setwise.platform.errors import ConfigError, DataError
+from setwise.platform.errors import ConfigError, DataError, SetwiseError
 from tiny import images_source, regions_source, run, write_serially
 
 SETTINGS = DigitsPreparation(
@@ -159,6 +159,91 @@ def test_what_the_reader_left_out_counts_too(tmp_path: Path) -> None:
         "files": [str(tmp_path / "files" / "annotations.json")],
         "notes": ["something was noticed"],
     }
+
+
+@pytest.mark.usefixtures("serial")
+def test_an_image_that_another_of_equal_size_replaces_makes_another_data_set(tmp_path: Path) -> None:
+    source = images_source(tmp_path / "files")
+    first = run(source, tmp_path / "prepared")
+    one, other = (tmp_path / "files" / name for name in ("0.jpg", "3.jpg"))
+    size = max(path.stat().st_size for path in (one, other))
+    for path in (one, other):  # what stands behind a JPEG's end is no part of it
+        path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+    run(source, tmp_path / "prepared")
+    one.write_bytes(other.read_bytes())
+    assert run(source, tmp_path / "prepared").fingerprint != first.fingerprint
+
+
+@pytest.mark.usefixtures("serial")
+def test_other_captions_of_the_same_files_make_another_data_set(tmp_path: Path) -> None:
+    """As source.captions_per_image does."""
+    source = images_source(tmp_path / "files")
+    run(source, tmp_path / "prepared")
+    fewer = replace(source, rows=[replace(row, captions=row.captions[:1]) for row in source.rows])
+    splits = run(fewer, tmp_path / "prepared").manifest["splits"]
+    assert sum(split["captions"] for split in splits.values()) == 9
+
+
+@pytest.mark.usefixtures("serial")
+def test_lines_that_name_no_image_count_among_the_captions(tmp_path: Path) -> None:
+    """And not as so many images."""
+    lines = [{"image_id": None, "caption_id": None, "path": f"x:{n}", "reason": "not CSV"} for n in range(2)]
+    source = replace(images_source(tmp_path / "files"), quarantine=lines)
+    with pytest.raises(DataError, match=r"2 of 20 captions cannot be used, .*The first: x:0: not CSV; x:1: not CSV$"):
+        run(source, tmp_path / "prepared", max_bad_share=0.09)
+    assert run(source, tmp_path / "prepared", max_bad_share=0.1).manifest["quarantine"] == lines
+
+
+@pytest.mark.usefixtures("serial")
+def test_a_split_that_is_lost_is_fatal_and_one_that_lacks_images_is_said(tmp_path: Path) -> None:
+    source, said = images_source(tmp_path / "files"), list[str]()
+    for number in (1, 4):
+        (tmp_path / "files" / f"{number}.jpg").write_bytes(b"")
+    prepare.prepare(source, tmp_path / "prepared", PrepareConfig(max_bad_share=0.5), said.append)
+    assert any(line.startswith("val lacks 2 of 3 images") for line in said)
+    (tmp_path / "files" / "7.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of the 3 images of val can be used. The first: .*1\.jpg: the file"):
+        run(source, tmp_path / "prepared", max_bad_share=0.5)
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"name": "dig', b"[]", b"{}", b'{"identity": 3}', b"\xff"])
+def test_a_damaged_manifest_is_named_and_preparing_again_mends_it(own: Path, content: bytes | None) -> None:
+    manifest = own / "data" / "digits" / "prepared" / "manifest.json"
+    before = prepare.open_prepared("digits", own).fingerprint
+    manifest.write_bytes(manifest.read_bytes()[:300] if content is None else content)
+    with pytest.raises(DataError, match=r"manifest\.json is damaged. Make it again: setwise data prepare digits"):
+        prepare.open_prepared("digits", own)
+    assert any(line.startswith("preparing 12 images") for line in prepare_again(own))
+    assert prepare.open_prepared("digits", own).fingerprint == before
+
+
+@pytest.mark.parametrize("file", ["prepared/vocabulary.json", "source/generated.json"])
+def test_what_else_is_damaged_is_made_again(own: Path, file: str) -> None:
+    path = own / "data" / "digits" / file
+    whole = path.read_bytes()
+    path.write_bytes(b"{")
+    if file.startswith("prepared"):
+        with pytest.raises(DataError, match=r"vocabulary\.json: not a list of words"):
+            vocabulary.read(path)
+        path.unlink()
+        with pytest.raises(DataError, match=r"vocabulary\.json is missing"):
+            prepare.open_prepared("digits", own)
+    prepare_again(own)
+    assert path.read_bytes() == whole
+
+
+def test_a_store_that_cannot_be_written_is_said_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = images_source(tmp_path / "files")
+    monkeypatch.setattr(prepare, "_remove_leftovers", lambda target, working: block(working))
+
+    def block(working: Path) -> None:
+        (working / "val-00000.parquet").mkdir(parents=True, exist_ok=True)
+
+    with cluster.connect(cpus=2), pytest.raises(SetwiseError, match=r"val-00000\.parquet cannot be written \(Is a dir"):
+        run(source, tmp_path / "prepared", rows_per_shard=3)
+    assert not (tmp_path / "prepared").exists()
 
 
 PREPARE_SLOWLY = """

@@ -222,7 +222,7 @@ def test_a_second_extraction_does_nothing_and_another_is_refused(tmp_path: Path,
     with pytest.raises(DataError, match=r"other settings or from other files \(dtype\)"):
         extract(source, tmp_path / "made", changed(settings, dtype="float16"))
     source.rows[0].path.write_bytes(source.rows[1].path.read_bytes() + b" ")
-    with pytest.raises(DataError, match=r"other settings or from other files \(sizes\)"):
+    with pytest.raises(DataError, match=r"other settings or from other files \(images\)"):
         extract(source, tmp_path / "made", settings)
     assert seen == []
     assert content(tmp_path / "made") == before

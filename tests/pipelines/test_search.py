@@ -88,3 +88,11 @@ def test_an_image_file_of_any_kind_finds_captions(store: Path, tiny_recipe: Reci
     answer = search.search("a red three", reference, store, top=2)
     for path, hit in zip(search.export_images(answer, store, tmp_path / "out"), answer.hits, strict=True):
         assert path.name.endswith(f"_{hit.image_id}.jpg") and Image.open(path).size == (64, 64)
+
+
+def test_images_are_not_written_over_a_file(store: Path, tmp_path: Path) -> None:
+    answer = search.Answer("model", "digits", "test", [], [])
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"file: images cannot be written there \(File exists\)"):
+        search.export_images(answer, store, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -111,6 +112,7 @@ def damage_pixels(path: Path) -> None:
         (lambda path: Image.new("L", (1, 60)).save(path), "narrower than"),
         (lambda path: Image.new("L", (6000, 6000)).save(path), "pixels; the limit is"),
         (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "is no file"),
     ],
 )
 def test_missing_and_damaged_images_are_found_without_decoding(
@@ -326,3 +328,19 @@ def test_a_line_of_progress_comes_every_few_seconds(monkeypatch: pytest.MonkeyPa
         now[0] += 1
         progress.at(done)
     assert len(said) == 10 and said[0] == "checked 400 of 5,000 images"
+
+
+@pytest.mark.parametrize("file", ["vocabulary.json", "extended_positives/x.json"])
+def test_words_and_extended_positives_are_checked_as_shards_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.setattr(prepare, "_write_shards", write_serially)
+    any_folder(tmp_path / "files")
+    (tmp_path / "files" / "extended_positives").mkdir()
+    (tmp_path / "files" / "extended_positives" / "x.json").write_text("{}")
+    settings = PrepareSettings(source=SourceConfig(folder=str(tmp_path / "files")))
+    prepared = prepare.prepare_source("mine", tmp_path, settings, silent)
+    assert verify.verify("mine", None, tmp_path, deep=False, say=silent).ok
+    (prepared.folder / file).write_text('["other"]')
+    with pytest.raises(DataError, match=r"vocabulary\.json or extended_positives are not as they were written"):
+        verify.verify("mine", None, tmp_path, deep=False, say=silent)

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from reference import official_loss
 from setwise.models.config import SimilarityConfig
 
 Ranks = NDArray[np.int64]
@@ -51,11 +50,26 @@ def caption_ranks(
 
 
 def scores(queries_QKD: Tensor, gallery_GJD: Tensor, config: SimilarityConfig) -> Tensor:
-    """(Q,G), by pools over the matrix of all K x J cosines."""
-    if config.kind == "cosine":
-        cosine_1NM = (queries_QKD.flatten(0, 1) @ gallery_GJD.flatten(0, 1).T)[None]
-        return F.avg_pool2d(cosine_1NM, (queries_QKD.shape[1], gallery_GJD.shape[1]))[0]
-    return official_loss.scores(queries_QKD, gallery_GJD, config, 1.0, 0.0)
+    """(Q,G), by pools over the matrix (1,N,M) of all cosines; each direction of a similarity from the start."""
+    K, J = queries_QKD.shape[1], gallery_GJD.shape[1]
+    cosine_1NM = (queries_QKD.flatten(0, 1) @ gallery_GJD.flatten(0, 1).T)[None]
+    match config.kind:
+        case "smooth_chamfer":
+            forth_1NG = torch.log(J * F.avg_pool2d(torch.exp(config.alpha * cosine_1NM), (1, J)))
+            back_1QM = torch.log(K * F.avg_pool2d(torch.exp(config.alpha * cosine_1NM), (K, 1)))
+            both_1QG = F.avg_pool2d(forth_1NG, (K, 1)) + F.avg_pool2d(back_1QM, (1, J))
+            return both_1QG[0] / (2 * config.alpha)
+        case "chamfer":
+            forth_1NG, back_1QM = F.max_pool2d(cosine_1NM, (1, J)), F.max_pool2d(cosine_1NM, (K, 1))
+            return (F.avg_pool2d(forth_1NG, (K, 1)) + F.avg_pool2d(back_1QM, (1, J)))[0] / 2
+        case "mil":
+            return F.max_pool2d(cosine_1NM, (K, J))[0]
+        case "match_probability":  # with the scale and shift that it starts with
+            return F.avg_pool2d(torch.sigmoid(cosine_1NM), (K, J))[0]
+        case "cosine":
+            return F.avg_pool2d(cosine_1NM, (K, J))[0]
+        case "pcme":
+            raise ValueError("PCME's scores are not of cosines: see sampled_match_probabilities")
 
 
 def sampled_match_probabilities(query_KD: Tensor, gallery_GJD: Tensor, scale: float, shift: float) -> Tensor:
