@@ -299,7 +299,7 @@ def _add_ratings(found: _Found, encoded: Encoded, given: _Rated, ties: Ties, dev
         first, second = positives.find(firsts, rated.first), positives.find(seconds, rated.second)
         here = (first >= 0) & (second >= 0)
         row, column = (second, first) if task == "sits" else (first, second)
-        similarity = ranking.pair_scores(members, row[here], column[here])
+        similarity = ranking.pair_scores(members, row[here], column[here], device)
         correlated = crisscrossed.correlation(first[here], similarity, rated.rating[here])
         if correlated is not None:
             found.values.update({f"{task}_spearman": correlated[0], f"{task}_spearman_std": correlated[1]})

@@ -10,6 +10,7 @@ Shape suffixes: P pairs, K and J elements of their sets, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,10 +69,11 @@ def checked_lengths(members: Sequence[Member]) -> list[tuple[Tensor, Tensor]]:
 
 
 def longest(sets_PKD: Tensor) -> Tensor:
-    """(P,) upper bounds: of D squares a sum in any order is off by at most a share of D times half a unit."""
-    unit = torch.finfo(sets_PKD.dtype).eps
-    lengths_PK: Tensor = torch.linalg.vector_norm(sets_PKD, dim=2)
-    return lengths_PK.amax(1) * (1 + (sets_PKD.shape[2] + 8) * unit)
+    """(P,) upper bounds: of D squares a sum in any order is off by at most a share of D times half a unit, and a square
+    that is too small for its type is lost."""
+    info, width = torch.finfo(sets_PKD.dtype), sets_PKD.shape[2]
+    lengths_P: Tensor = torch.linalg.vector_norm(sets_PKD, dim=2).amax(1)
+    return lengths_P * (1 + (width + 8) * info.eps) + math.sqrt(width * info.tiny)
 
 
 @torch.inference_mode()

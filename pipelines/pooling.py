@@ -45,7 +45,7 @@ class Pooling:
             self.scale, self.shift = (float(learned.detach()) for learned in (similarity.scale, similarity.shift))
         # bf16, at worst, makes a dot product larger by a 64th part.
         exponent = (1 + 1 / 64) * self.alpha * math.log2(math.e) * self.largest + math.log2(max(elements))
-        self.factors_of_a_log = int(EXPONENTS / exponent)
+        self.factors_of_a_log = min(int(EXPONENTS / exponent), max(elements)) if exponent else max(elements)
 
     @property
     def largest_score(self) -> float:
@@ -131,7 +131,7 @@ class Pooling:
         unit = torch.finfo(dtype).eps
         if self.sigmoid:
             return reach / 4 + (self.elements[0] * self.elements[1] + 32) * unit
-        return reach + 8 * unit * self.largest_score
+        return reach + (sum(self.elements) + 8) * unit * self.largest_score
 
     def edges(self, low: Tensor, high: Tensor, reach: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A computed score below the first is truly below `low`, one above the second truly above `high`; float64."""

@@ -70,7 +70,7 @@ def count(
     """
     gallery = {"i2t": len(members[0].columns), "t2i": len(members[0].rows)}
     directed = [side for truth, _ in truths.values() for side in ((truth.i2t, False), (truth.t2i, True))]
-    scores = _scores(members, directed)
+    scores = _scores(members, directed, device)
     questions: dict[str, list[_Question]] = {direction: [] for direction in metrics.DIRECTIONS}
     for number, (truth, every) in enumerate(truths.values()):
         for place, (direction, true) in enumerate((("i2t", truth.i2t), ("t2i", truth.t2i))):
@@ -98,11 +98,11 @@ def count_among_themselves(
     Args:
         members: `rows` is `columns`.
     """
-    scores = ranking.pair_scores(members, positives.query, positives.item)
+    scores = ranking.pair_scores(members, positives.query, positives.item, device)
     question = _Question.of(positives, scores, False, ties, len(members[0].rows))
     answers, _ = ranking.count_ahead(members, _asked([question]), None, ties=ties, device=device)
     query, item = positives.query[question.asked], positives.item[question.asked]
-    itself, other = ranking.pair_scores(members, query, query), scores[question.asked]
+    itself, other = ranking.pair_scores(members, query, query, device), scores[question.asked]
     counted = itself >= other if ties == "pessimistic" else (itself > other) | ((itself == other) & (query > item))
     return question.ranked(answers.ahead - counted, None)
 
@@ -148,13 +148,15 @@ class _Question:
         return Ranked(self.positives, by_row(ranks[best]), in_fold, ranks if self.every else None)
 
 
-def _scores(members: Sequence[Member], directed: Sequence[tuple[Positives, bool]]) -> list[NDArray[np.float32]]:
+def _scores(
+    members: Sequence[Member], directed: Sequence[tuple[Positives, bool]], device: torch.device | None
+) -> list[NDArray[np.float32]]:
     """Scores of the pairs of each, whose queries are columns if it says so. What several hold is computed once."""
     rows = [true.item if by_columns else true.query for true, by_columns in directed]
     columns = [true.query if by_columns else true.item for true, by_columns in directed]
     width = len(members[0].columns)
     pairs, place = np.unique(np.concatenate(rows) * width + np.concatenate(columns), return_inverse=True)
-    scores = ranking.pair_scores(members, pairs // width, pairs % width)[place]
+    scores = ranking.pair_scores(members, pairs // width, pairs % width, device)[place]
     return np.split(scores, np.cumsum([len(row) for row in rows])[:-1])
 
 

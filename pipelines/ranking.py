@@ -65,15 +65,17 @@ class Answers:
     ahead_in_fold: Integers | None
 
 
-def pair_scores(members: Sequence[Member], row: Integers, column: Integers) -> NDArray[np.float32]:
-    """(P,) exact scores of pairs of a row and a column.
+def pair_scores(
+    members: Sequence[Member], row: Integers, column: Integers, device: torch.device | None = None
+) -> NDArray[np.float32]:
+    """(P,) exact scores of pairs of a row and a column, computed on `device`, or where the members are.
 
     Raises:
         ValueError: the members do not fit each other, or an embedding is not finite.
     """
-    exact_scores.checked_lengths(members)
-    row_P, column_P = (torch.from_numpy(index).to(members[0].rows.device) for index in (row, column))
-    found: NDArray[np.float32] = exact_scores.of_pairs(members, row_P, column_P).cpu().numpy()
+    comparison = Comparison(members, device)
+    row_P, column_P = (torch.from_numpy(index).to(comparison.device) for index in (row, column))
+    found: NDArray[np.float32] = exact_scores.of_pairs(comparison.members, row_P, column_P).cpu().numpy()
     return found
 
 
@@ -129,8 +131,9 @@ def count_ahead(
     row_scores, column_scores = _asked_scores(comparison, by_rows, by_columns)
     row_tally = _Tally(comparison, by_rows, row_scores, ties, True)
     column_tally = None if by_columns is None else _Tally(comparison, by_columns, column_scores, ties, False)
-    counting = _Counting(comparison, screen or _fastest(comparison))
+    in_folds = folds is not None
     with screens.full_precision():
+        counting = _Counting(comparison, screen or _fastest(comparison))
         for block in comparison.blocks(folds, half):
             questions = [_Question(row_tally, block, transposed=False)]
             if column_tally is not None:
@@ -139,8 +142,7 @@ def count_ahead(
                 questions.append(_Question(row_tally, block, transposed=True))
             if questions := [question for question in questions if len(question.asks)]:
                 counting.answer(block, questions)
-    in_folds = folds is not None
-    return row_tally.answers(in_folds), None if column_tally is None else column_tally.answers(in_folds)
+        return row_tally.answers(in_folds), None if column_tally is None else column_tally.answers(in_folds)
 
 
 def _are_folds(fold: Integers, size: int) -> bool:

@@ -34,7 +34,7 @@ from setwise.pipelines import ranking, screens
 from setwise.pipelines.ranking import Answers, Asked, Member
 from setwise.pipelines.screens import Screen
 
-K, D, CAPTIONS, RANK, NOISE, FOLD = 4, 1024, 5, 64, 2.7, 1000
+K, D, CAPTIONS, RANK, NOISE, FOLD = 4, 1024, 5, 64, 2.6, 1000
 
 
 class Requirement(NamedTuple):
@@ -92,7 +92,7 @@ def ours(member: Member, screen: Screen | None) -> tuple[Answers, Answers]:
     best = ranking.pair_scores([member], own, captions).reshape(-1, CAPTIONS)
     # Of equal scores the last is ahead.
     item = CAPTIONS * np.arange(len(member.rows)) + CAPTIONS - 1 - best[:, ::-1].argmax(1)
-    folds = None if len(member.rows) == FOLD else (np.arange(len(member.rows)) // FOLD, own // FOLD)
+    folds = None if len(member.rows) <= FOLD else (np.arange(len(member.rows)) // FOLD, own // FOLD)
     by_rows, by_columns = Asked(np.arange(len(member.rows)), item), Asked(captions, own)
     found, others = ranking.count_ahead([member], by_rows, by_columns, folds=folds, ties="official", screen=screen)
     assert others is not None, "captions were asked too"
@@ -115,7 +115,7 @@ def official_samples(member: Member, queries: int) -> None:
 
 def products(member: Member) -> tuple[Callable[[], object], int]:
     """The product, or a part of it, and how many such parts there are."""
-    parts = 1 if len(member.rows) == FOLD else 20
+    parts = 1 if len(member.rows) <= FOLD else 20
     rows, columns = member.rows.flatten(0, 1), member.columns.flatten(0, 1)
     rows = rows[: len(rows) // parts]
     out = torch.empty(len(rows), len(columns))
