@@ -40,7 +40,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@mkdir -p .typecheck/setwise
 	@for folder in platform models pipelines sweeps; do ln -sfn ../../$$folder .typecheck/setwise/$$folder; done
 
-bench: $(INSTALLED)  ## speed and memory, side by side with plain formulations; prints tables, about ten minutes
+bench: $(INSTALLED)  ## speed and memory, side by side with plain formulations; prints tables, about twenty minutes
 	@status=0; for file in tests/benchmarks/*.py; do \
 	  name=$$(basename $$file .py); echo "== $$name"; PYTHONPATH=tests $(BIN)/python -m benchmarks.$$name || status=1; \
 	done; exit $$status
