@@ -62,7 +62,7 @@ def read_rgb(data: bytes) -> Image.Image:
     try:
         image = _decoded(image, data)
         with warnings.catch_warnings(action="ignore"):
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
     except (OSError, SyntaxError, ValueError) as error:
         raise BadImageError(f"cannot be decoded: {error}") from error
     if image.mode.startswith("I;16"):
@@ -73,7 +73,8 @@ def read_rgb(data: bytes) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    rgb: Image.Image = image if image.mode == "RGB" else image.convert("RGB")
+    return rgb
 
 
 def _open(data: bytes) -> Any:

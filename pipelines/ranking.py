@@ -29,7 +29,7 @@ from setwise.pipelines.exact_scores import Member as Member
 from setwise.pipelines.screens import Precision, Screen
 
 Ties = Literal["pessimistic", "official"]
-SHARE = 0.05
+SHARE = 0.08
 """Of a block's pairs: where more are near, computing all of them in the next precision is faster."""
 PATIENCE, PAUSE = 4, 32
 """After so many such blocks in a row the screen is left out for so many."""

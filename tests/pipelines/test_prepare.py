@@ -164,12 +164,11 @@ def test_what_the_reader_left_out_counts_too(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("serial")
 def test_an_image_that_another_of_equal_size_replaces_makes_another_data_set(tmp_path: Path) -> None:
     source = images_source(tmp_path / "files")
-    first = run(source, tmp_path / "prepared")
     one, other = (tmp_path / "files" / name for name in ("0.jpg", "3.jpg"))
     size = max(path.stat().st_size for path in (one, other))
     for path in (one, other):  # what stands behind a JPEG's end is no part of it
         path.write_bytes(path.read_bytes().ljust(size, b"\0"))
-    run(source, tmp_path / "prepared")
+    first = run(source, tmp_path / "prepared")
     one.write_bytes(other.read_bytes())
     assert run(source, tmp_path / "prepared").fingerprint != first.fingerprint
 
