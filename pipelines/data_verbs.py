@@ -164,10 +164,13 @@ def _going_on(
 
 
 def _check_source(name: str, folder: str | None, verb: str) -> None:
+    from setwise.pipelines import datasets
+
     if folder is None:
-        from setwise.pipelines import datasets
         from setwise.platform import config
 
         nearest = None if name in datasets.known() else config.nearest_name(name, datasets.known())
         hint = f" Did you mean '{nearest}'?" if nearest else ""
         raise ConfigError(f"where are the files of '{name}'?{hint} Say so: setwise data {verb} {name} --from FOLDER")
+    if verb != "verify":  # which reports it; the others would start a cluster first
+        datasets.check_folder(name, folder)

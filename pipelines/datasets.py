@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from setwise.platform import config
 from setwise.platform.config import Settings
 from setwise.platform.errors import ConfigError, DataError
 
@@ -111,12 +110,6 @@ def known() -> tuple[str, ...]:
     return tuple(PUBLISHED)
 
 
-def check_known(name: str) -> None:
-    """Raises ConfigError, with the nearest name, if no data set is called `name`."""
-    if name not in known():
-        raise config.no_such("data set", name, known())
-
-
 def is_coco(name: str) -> bool:
     return name == "coco" or name.startswith("coco_")
 
@@ -134,11 +127,7 @@ def open_source(name: str, config: SourceConfig) -> Source:
     """
     if config.folder is None:
         raise ConfigError(f"where are the files of '{name}'? Say so: source.folder=FOLDER")
-    folder = Path(config.folder).expanduser()
-    if folder.is_file():
-        raise DataError(f"{folder} is a file. Name the folder that it is in, and the file by source.annotations=FILE")
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder. Where are the files of '{name}'?")
+    folder = check_folder(name, config.folder)
     source = _read(name, folder, config)
     check_ids(source.rows, f"{source.files[0]}")
     limit = config.captions_per_image or (COCO_CAPTIONS if is_coco(name) else None)
@@ -150,6 +139,16 @@ def open_source(name: str, config: SourceConfig) -> Source:
         notes=[*source.notes, *counted],
         extended_positives=extended if extended.is_dir() else None,
     )
+
+
+def check_folder(name: str, folder: str) -> Path:
+    """The folder of the files of `name`. Raises DataError if it is none."""
+    path = Path(folder).expanduser()
+    if path.is_file():
+        raise DataError(f"{path} is a file. Name the folder that it is in, and the file by source.annotations=FILE")
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder. Where are the files of '{name}'?")
+    return path
 
 
 def _read(name: str, folder: Path, config: SourceConfig) -> Source:

@@ -36,6 +36,7 @@ def test_paths_are_absolute_whichever_way_they_are_given(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(prepare, "prepare_source", stop)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b").mkdir()
     typed("prepare", "mine", "--from", "a b", "source.images=c", "--store", "store")
     typed("prepare", "mine", "source.folder=a b", "source.annotations=d.csv", "--store", "store")
     assert [settings.source.folder for settings in seen] == [str(tmp_path / "a b")] * 2
@@ -52,6 +53,8 @@ def test_an_interrupted_preparation_says_how_to_go_on(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(data_verbs, "say", said.append)
     monkeypatch.setattr(prepare, "prepare_source", interrupt)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b").mkdir()
     store = str(tmp_path / "store")
     assert typed("prepare", "mine", "prepare.jpeg_quality=80", "--from", "a b", "--store", store).exit_code == 130
     assert said == [
@@ -77,3 +80,14 @@ def test_a_table_in_utf_16_is_said_to_be_no_utf_8(tmp_path: Path) -> None:
     table.write_text(table.read_text(), encoding="utf-16")
     result = typed("prepare", "mine", "--from", str(tmp_path), "--store", str(tmp_path / "store"))
     assert isinstance(result.exception, DataError) and "is not UTF-8" in str(result.exception)
+
+
+def test_a_folder_that_is_not_there_is_missed_before_a_cluster_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started() -> None:
+        raise AssertionError("a cluster was started")
+
+    monkeypatch.setattr(cluster, "connect", started)
+    result = typed("prepare", "mine", "--from", str(tmp_path / "nowhere"), "--store", str(tmp_path / "store"))
+    assert isinstance(result.exception, DataError) and "no such folder" in str(result.exception)
