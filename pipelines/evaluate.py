@@ -21,7 +21,7 @@ from setwise.pipelines.trained_model import TrainedModel
 from setwise.platform import config, storage
 from setwise.platform.errors import ConfigError, DataError
 from setwise.platform.run import Run
-from setwise.platform.tracking import Outbox
+from setwise.platform.outbox import Outbox
 
 Say = Callable[[str], None]
 OFFICIAL = ".official_ties"

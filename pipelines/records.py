@@ -12,7 +12,7 @@ from setwise.pipelines.recipe import Recipe
 from setwise.platform import checkpoint, config, run, storage
 from setwise.platform.errors import DataError
 from setwise.platform.run import Run
-from setwise.platform.tracking import Outbox
+from setwise.platform.outbox import Outbox
 
 
 def begin(outbox: Outbox, training: Run, recipe: Recipe, prepared: Prepared, start_tags: dict[str, str]) -> None:

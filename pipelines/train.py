@@ -25,7 +25,7 @@ from setwise.pipelines.workers import Worker
 from setwise.platform import checkpoint, seeding, storage
 from setwise.platform.errors import DataError, DivergedError
 from setwise.platform.run import Run
-from setwise.platform.tracking import Outbox
+from setwise.platform.outbox import Outbox
 
 Report = Callable[[dict[str, float]], None]
 METRIC = "val/rsum"

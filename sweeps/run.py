@@ -19,7 +19,8 @@ from setwise.pipelines.recipe import Recipe
 from setwise.platform import cluster, config, run, storage
 from setwise.platform.errors import ConfigError
 from setwise.platform.run import Run
-from setwise.platform.tracking import Courier, Outbox, Tracker
+from setwise.platform.outbox import Outbox
+from setwise.platform.tracking import Courier, Tracker
 from setwise.sweeps.report import Outcome, TrialTable, importance
 from setwise.sweeps.space import Study, default_values, with_values
 

@@ -12,7 +12,7 @@ from setwise.pipelines import compare, evaluate, tables
 from setwise.pipelines.benchmarks import Outcome
 from setwise.platform import storage
 from setwise.platform.run import Run
-from setwise.platform.tracking import Outbox
+from setwise.platform.outbox import Outbox
 
 
 def make(

@@ -23,7 +23,8 @@ from setwise.platform import run as runs
 from setwise.platform import storage
 from setwise.platform.errors import UnreachableError
 from setwise.platform.run import Run
-from setwise.platform.tracking import Courier, Outbox, Tracker
+from setwise.platform.outbox import Outbox
+from setwise.platform.tracking import Courier, Tracker
 
 NUMBERS = itertools.count()
 
