@@ -148,3 +148,15 @@ def lease(path: Path, what: str, wait_s: float = 0) -> Iterator[None]:
         stream.write(f"process {os.getpid()} on {os.uname().nodename}")
         stream.flush()
         yield
+
+
+def lease_owner(path: Path) -> str | None:
+    """Who owns a lease now, in words; None if nobody does."""
+    if not path.is_file():
+        return None
+    with path.open("r") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return stream.read().strip() or "an unknown process"
+    return None

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,6 +19,8 @@ from setwise.platform.run import Run
 
 if TYPE_CHECKING:
     import optuna
+
+    from setwise.sweeps.space import Study
 
 MIN_TRIALS_FOR_IMPORTANCE = 4
 FEW_TRIALS = 20
@@ -66,8 +69,7 @@ class TrialTable:
         row = self.rows.setdefault(number, TrialRow(number, values))
         row.state = state
         row.epoch = max(row.epoch, epoch)
-        if value is not None:
-            row.best = value if row.best is None else max(row.best, value)
+        row.best = max((one for one in (row.best, value) if one is not None), default=None)
         if not self.console.is_terminal:
             seconds = time.monotonic() - self._started
             shown = "" if row.best is None else f"  best RSUM {row.best:.1f}"
@@ -82,7 +84,7 @@ class TrialTable:
         rows = sorted(self.rows.values(), key=lambda row: row.number)
         done = sum(row.state in ("complete", "pruned", "failed") for row in rows)
         seconds = int(time.monotonic() - self._started)
-        names = list(rows[0].values) if rows else []
+        names = list(dict.fromkeys(name for row in rows for name in row.values))
         title = f"{self.name}: {done} of {self.trials} trials, {seconds // 60}:{seconds % 60:02d}"
         table = Table(title=title, title_justify="left")
         table.add_column("trial", justify="right")
@@ -94,7 +96,7 @@ class TrialTable:
         leader = max((row.best for row in rows if row.best is not None), default=None)
         for row in rows:
             best = "" if row.best is None else f"{row.best:.1f}" + (" *" if row.best == leader else "")
-            cells = [plain(row.values[name]) for name in names]
+            cells = [plain(row.values[name]) if name in row.values else "" for name in names]
             table.add_row(str(row.number), row.state, f"{row.epoch}/{self.epochs}", best, *cells)
         return table
 
@@ -118,7 +120,8 @@ class Importance:
             return f"What mattered cannot be said: {self.reason}."
         listed = ", ".join(f"{short(name)} {share:.0%}" for name, share in self.shares.items())
         rough = ", which is few: take it as a hint" if self.trials < FEW_TRIALS else ""
-        return f"What mattered (PED-ANOVA at epoch {self.epoch} over {self.trials} trials{rough}): {listed}."
+        when = f"at epoch {self.epoch}" if self.epoch else "at the end"
+        return f"What mattered (PED-ANOVA {when} over {self.trials} trials{rough}): {listed}."
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,42 @@ class Outcome:
     failed: dict[int, str]
     best: Run | None
     importance: Importance
+    running: int = 0
+    stopped: str | None = None
+    front: tuple[Point, ...] = ()
+
+
+@dataclass(frozen=True)
+class Point:
+    """A trial of the Pareto front: no other is better in one objective and no worse in the others."""
+
+    run: str
+    values: dict[str, float]
+
+
+def outcome_of(
+    study: optuna.Study, spec: Study, name: str, store: Path, failures: Mapping[int, str], stopped: str | None
+) -> Outcome:
+    """Where a study stands; `failures` are reasons that this start has seen."""
+    trials = study.get_trials(deepcopy=False)
+    states = [trial.state.name for trial in trials]
+    failed = {
+        trial.number: failures.get(trial.number) or str(trial.user_attrs.get("reason", "unknown"))
+        for trial in trials
+        if trial.state.name == "FAIL"
+    }
+    complete, pruned, running = (states.count(state) for state in ("COMPLETE", "PRUNED", "RUNNING"))
+    best = references.best_of(name, store) if complete + pruned else None
+    front: tuple[Point, ...] = ()
+    if len(spec.objectives) > 1:
+        front = tuple(
+            Point(
+                references.trial_run(name, trial.number, store).name,
+                dict(zip(spec.objectives, trial.values, strict=True)),
+            )
+            for trial in study.best_trials
+        )
+    return Outcome(name, complete, pruned, failed, best, importance(study), running, stopped, front)
 
 
 def importance(study: optuna.Study) -> Importance:
@@ -142,12 +181,16 @@ def importance(study: optuna.Study) -> Importance:
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.intermediate_values]
+    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.intermediate_values or trial.values]
     if len(trials) < MIN_TRIALS_FOR_IMPORTANCE:
         reason = f"it takes {MIN_TRIALS_FOR_IMPORTANCE} trials, there are {len(trials)}"
         return Importance({}, len(trials), 0, reason)
-    epoch = min(max(trial.intermediate_values) for trial in trials)
-    values = [trial.intermediate_values[epoch] for trial in trials]
+    if all(trial.intermediate_values for trial in trials):
+        epoch = min(max(trial.intermediate_values) for trial in trials)
+        values = [trial.intermediate_values[epoch] for trial in trials]
+    else:  # of several objectives, Optuna keeps the last values alone; the first is the RSUM
+        epoch = 0
+        values = [trial.values[0] for trial in trials]
     if len(set(values)) == 1:
         return Importance({}, len(trials), epoch, "all trials have the same value")
     at_epoch = optuna.create_study(direction="maximize")
@@ -161,7 +204,14 @@ def importance(study: optuna.Study) -> Importance:
 def show_outcome(outcome: Outcome, results: Console) -> None:
     """The end of a sweep: how many trials ended how, the best one, and what mattered."""
     counts = f"{outcome.complete} complete, {outcome.pruned} pruned, {len(outcome.failed)} failed"
+    if outcome.running:
+        counts += f", {outcome.running} to go on"
     results.print(f"study '{outcome.name}': {counts}", soft_wrap=True)
+    if outcome.front:
+        results.print("Pareto front:", soft_wrap=True)
+        for point in outcome.front:
+            shown = ", ".join(f"{objective} {value:.4g}" for objective, value in point.values.items())
+            results.print(f"  {point.run}: {shown}", soft_wrap=True)
     if outcome.best is not None:
         results.print(
             f"best trial: {outcome.best.name}, val RSUM {references.best_value(outcome.best):.1f}", soft_wrap=True

@@ -10,44 +10,56 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from setwise.pipelines import prepare, pretrained, records, references
-from setwise.pipelines.recipe import Recipe
+from setwise.pipelines.recipe import Recipe, TrainConfig
 from setwise.platform import cluster, config, run, storage
 from setwise.platform.errors import ConfigError
-from setwise.platform.run import Run
 from setwise.platform.outbox import Outbox
+from setwise.platform.run import Run
 from setwise.platform.tracking import Courier, Tracker
-from setwise.sweeps.report import Outcome, TrialTable, importance
-from setwise.sweeps.space import Study, default_values, with_values
+from setwise.sweeps import earlier, report
+from setwise.sweeps.limits import Limits, Stopped
+from setwise.sweeps.report import Outcome, TrialTable
+from setwise.sweeps.space import Study, default_values
+from setwise.sweeps.trial import settings_of, train_trial
 
 if TYPE_CHECKING:
     import optuna
 
 Say = Callable[[str], None]
+MAX_DEATHS = 3
+"""How often a trial's process may die and be replaced; a training that fails by itself is not tried again."""
 
 
-def run_study(spec: Study, base: Recipe, name: str, store: Path, tracker: Tracker, say: Say) -> Outcome:
+def run_study(
+    spec: Study, base: Recipe, name: str, store: Path, tracker: Tracker, say: Say, warm_start: Sequence[str] = ()
+) -> Outcome:
     """Run `spec` until it has its number of trials; what an earlier start left is taken up where it stopped.
 
+    Args:
+        warm_start: studies, whose best trials' settings, and runs, whose settings a new study tries after trial 0.
+
     Raises:
-        ConfigError: a study of this name exists and is another one.
+        ConfigError: a study of this name exists and is another one, or there is nothing to start from.
         DataError: the data is not prepared, or weights to start from are not there.
         LeaseHeldError: another process runs this study.
+        UnreachableError: the study's database, or the cluster, does not answer.
     """
     from setwise.sweeps import study as studies
 
     folder = store / "studies" / run.check_name(name)
     prepared = prepare.open_prepared(base.data.name, store)
     pretrained.locate(base, store / "weights")
-    with storage.lease(folder / "lease", f"study '{name}'"), cluster.connect(), _interruptible():
+    first = [(default_values(spec, base), "recipe"), *earlier.settings(warm_start, spec, base, store, say)]
+    with storage.lease(folder / "lease", f"study '{name}'"):
         parent = _parent_run(spec, base, name, store, prepared)
-        study = studies.open_study(folder / "study.db", name, spec, default_values(spec, base))
+        study = studies.open_study(folder, name, spec, storage.fingerprint(parent.config.read_text()), first)
         _reconcile(study, name, store)
-        with Courier(tracker) as courier:
+        with cluster.connect(), _interruptible(), Courier(tracker) as courier:
             courier.add(parent)
             done = studies.finished(study)
             for trial in done:
@@ -56,20 +68,22 @@ def run_study(spec: Study, base: Recipe, name: str, store: Path, tracker: Tracke
                 say(f"study '{name}' goes on: {len(done)} trials are done, {interrupted} were interrupted and resume")
             elif done:
                 say(f"study '{name}': {len(done)} of {spec.trials} trials are done already")
-            failures = _tune(spec, base, name, store, study, courier) if len(done) < spec.trials else {}
+            failures: dict[int, str] = {}
+            stopped = None
+            while stopped is None and (len(done) < spec.trials or studies.left_running(study)):
+                stopped = _tune(spec, base, name, store, study, courier, failures)
+                done = studies.finished(study)
             _reconcile(study, name, store)
-            outcome = _outcome(study, name, store, failures)
-            _end_parent(parent, outcome)
+            outcome = report.outcome_of(study, spec, name, store, failures, stopped)
+            _end_parent(parent, spec, outcome)
         shutil.rmtree(folder / "tune", ignore_errors=True)
     return outcome
 
 
 def _parent_run(spec: Study, base: Recipe, name: str, store: Path, prepared: prepare.Prepared) -> Run:
     """The run of the study itself, of which the trials are children. The number of trials may grow later."""
-    identity = spec.model_copy(update={"trials": 1})
-    text = (
-        f"# study\n{config.to_yaml(identity)}# recipe of trial 0\n{config.to_yaml(base)}# data {prepared.fingerprint}\n"
-    )
+    parts = {"study": config.to_yaml(spec.identity), "recipe of trial 0": config.to_yaml(base)}
+    text = "".join(f"# {what}\n{part}" for what, part in parts.items()) + f"# data {prepared.fingerprint}\n"
     try:
         parent = run.create(store / "studies", name, text, experiment=name)
     except ConfigError as error:
@@ -79,7 +93,8 @@ def _parent_run(spec: Study, base: Recipe, name: str, store: Path, prepared: pre
     if not parent.events.is_file():
         params = {
             "recipe": spec.recipe,
-            "sampler": "TPE",
+            "sampler": "TPE" if spec.population is None else "PBT",
+            "objectives": ", ".join(spec.objectives),
             "seed": str(spec.seed),
             **{f"space.{key}": str(domain.model_dump(exclude_none=True)) for key, domain in spec.space.items()},
         }
@@ -91,76 +106,63 @@ def _parent_run(spec: Study, base: Recipe, name: str, store: Path, prepared: pre
     return parent
 
 
-def _tune(spec: Study, base: Recipe, name: str, store: Path, study: optuna.Study, courier: Courier) -> dict[int, str]:
-    """Work off what the study lacks; why trials failed, by number."""
+def _tune(
+    spec: Study, base: Recipe, name: str, store: Path, study: optuna.Study, courier: Courier, failures: dict[int, str]
+) -> str | None:
+    """Work off what the study lacks; `failures` gets why trials failed. Returns why it stopped before that, if so."""
     from ray import tune
 
     from setwise.sweeps import study as studies
     from setwise.sweeps.watch import Watch
 
     done = studies.finished(study)
-    epochs, workers = base.train.epochs, base.train.workers
-    gpus, cpus = cluster.gpus(), cluster.cpus()
-    if workers > 1:
-        # The trial itself only waits for its workers; were it to hold a CPU, trials could take all and wait for ever.
-        resources, at_once = {"cpu": 0.01}, max(1, (gpus or cpus) // workers)
-    elif gpus:
-        resources, at_once = {"cpu": 1, "gpu": 1 / spec.trials_per_gpu}, gpus * spec.trials_per_gpu
-    else:
-        resources, at_once = {"cpu": base.train.threads}, max(1, cpus // base.train.threads)
-
-    table = TrialTable(name, spec.trials, epochs)
+    resources, at_once = shares(base.train, spec.trials_per_gpu)
+    table = TrialTable(name, spec.trials, base.train.epochs)
     for trial in done:
-        best = max(trial.intermediate_values.values(), default=None)
         state = {"COMPLETE": "complete", "PRUNED": "pruned"}.get(trial.state.name, "failed")
-        table.update(trial.number, trial.params, state, len(trial.intermediate_values), best)
-    settings = {"recipe": base.model_dump(mode="json"), "study": name, "store": str(store)}
-    watch = Watch(table, courier, name, store)
+        epochs = len(trial.intermediate_values) or base.train.epochs
+        table.update(trial.number, trial.params, state, epochs, studies.value_of(trial))
+    limits = Limits(store / "studies" / name, spec, gpus=resources.get("gpu", 0) * base.train.workers)
+    watch = Watch(table, courier, name, store, limits)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, settings=settings), resources),
+        tune.with_resources(
+            tune.with_parameters(train_trial, settings=settings_of(name, base, store, spec.objectives)), resources
+        ),
         tune_config=tune.TuneConfig(
-            search_alg=studies.StudySearch(study, spec, epochs),
-            scheduler=studies.make_scheduler(spec.pruning, study, epochs),
-            num_samples=spec.trials - len(done),
+            search_alg=studies.StudySearch(study, spec, config.flatten(base), base.train.epochs),
+            scheduler=studies.make_scheduler(spec.pruning, study, base.train.epochs),
+            num_samples=max(spec.trials - len(done), len(studies.left_running(study))),
             max_concurrent_trials=at_once,
-            reuse_actors=workers == 1,
+            reuse_actors=base.train.workers == 1,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
             name=f"start-{os.getpid()}",
             storage_path=str(store / "studies" / name / "tune"),
             callbacks=[watch],
-            failure_config=tune.FailureConfig(max_failures=0),
+            failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
             verbose=0,
         ),
     )
+    stopped = None
     with table:
-        tuner.fit()
-    return watch.failures
+        try:
+            tuner.fit()
+        except Stopped as reason:
+            stopped = str(reason)
+    failures |= watch.failures
+    return stopped
 
 
-def _trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
-    """One trial, in the process that Ray Tune gave it."""
-    from ray import tune
-
-    from setwise.pipelines import launch, train, trained_model
-    from setwise.pipelines.workers import Worker
-    from setwise.platform import config as configuration
-
-    store = Path(settings["store"])
-    recipe = with_values(Recipe.model_validate(settings["recipe"]), config["values"])
-    name = references.trial_run(settings["study"], config["trial"], store).name
-    parent = Run(store / "studies" / settings["study"])
-    training = run.create(store / "runs", name, configuration.to_yaml(recipe), settings["study"], parent)
-
-    def report(values: dict[str, float]) -> None:
-        tune.report({"epoch": int(values["epoch"]), "rsum": values[train.METRIC], "trial": config["trial"]})
-
-    if recipe.train.workers == 1:
-        with run.writing(training):
-            train.train(recipe, training, store, Worker(device=trained_model.default_device()), report)
-    else:
-        launch.train_with_ray(recipe, training, store, on_epoch=report)
+def shares(train: TrainConfig, trials_per_gpu: int) -> tuple[dict[str, float], int]:
+    """What a trial's process holds of the cluster, and how many trials run at once."""
+    gpus, cpus = cluster.gpus(), cluster.cpus()
+    if train.workers > 1:
+        # The trial itself only waits for its workers; were it to hold a CPU, trials could take all and wait for ever.
+        return {"cpu": 0.01}, max(1, (gpus or cpus) // train.workers)
+    if gpus:
+        return {"cpu": 1, "gpu": 1 / trials_per_gpu}, gpus * trials_per_gpu
+    return {"cpu": train.threads}, max(1, cpus // train.threads)
 
 
 def _reconcile(study: optuna.Study, name: str, store: Path) -> None:
@@ -171,24 +173,10 @@ def _reconcile(study: optuna.Study, name: str, store: Path) -> None:
     for trial in studies.finished(study):
         training = references.trial_run(name, trial.number, store)
         if (training.folder / "run.json").is_file() and training.experiment == name:
-            records.end(training, statuses[trial.state.name])
+            records.end(training, statuses[trial.state.name], trial.user_attrs.get(studies.REASON))
 
 
-def _outcome(study: optuna.Study, name: str, store: Path, failures: dict[int, str]) -> Outcome:
-    from setwise.sweeps import study as studies
-
-    trials = studies.finished(study)
-    states = [trial.state.name for trial in trials]
-    failed = {
-        trial.number: failures.get(trial.number) or records.reason(references.trial_run(name, trial.number, store))
-        for trial in trials
-        if trial.state.name == "FAIL"
-    }
-    best = references.best_of(name, store) if len(failed) < len(trials) else None
-    return Outcome(name, states.count("COMPLETE"), states.count("PRUNED"), failed, best, importance(study))
-
-
-def _end_parent(parent: Run, outcome: Outcome) -> None:
+def _end_parent(parent: Run, spec: Study, outcome: Outcome) -> None:
     """Record the study's result with its run; each time that more trials were added."""
     number = outcome.complete + outcome.pruned + len(outcome.failed)
     outbox = Outbox(parent.events)
@@ -196,7 +184,10 @@ def _end_parent(parent: Run, outcome: Outcome) -> None:
         value = references.best_value(outcome.best) or 0.0
         outbox.metrics(number, {"best/val/rsum": value, "trials": float(number)}, series="study")
         tags = {"setwise.best_run": outcome.best.name, "setwise.importance": outcome.importance.sentence()}
-        outbox.append({"kind": "tags", "values": tags}, {"kind": "status", "value": "FINISHED"})
+        events = [{"kind": "tags", "values": tags}]
+        if outcome.stopped is None:
+            events.append({"kind": "status", "value": "FINISHED"})
+        outbox.append(*events)
 
 
 @contextlib.contextmanager

@@ -6,66 +6,26 @@ checked against the recipe before anything starts: names, kinds and bounds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from setwise.pipelines import hardware
 from setwise.pipelines import recipe as recipes
 from setwise.pipelines.recipe import Recipe
 from setwise.platform import config
 from setwise.platform.config import Layer, Settings
 from setwise.platform.errors import ConfigError
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
+from setwise.sweeps.domain import Domain
 
 FOLDER = Path(__file__).parent
-Scalar = bool | int | float | str
-Whole = int  # inside Domain, `int` is the name of a field
-
-
-class Domain(Settings):
-    """The values that one setting may take: exactly one of the four forms."""
-
-    choice: tuple[Scalar, ...] | None = Field(None, min_length=2, description="one of these")
-    uniform: tuple[float, float] | None = Field(None, description="a number between these two")
-    loguniform: tuple[float, float] | None = Field(None, description="a number between these, uniform in its logarithm")
-    int: tuple[Whole, Whole] | None = Field(None, description="a whole number between these, both included")
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Domain:
-        given = [name for name in Domain.model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of {', '.join(Domain.model_fields)}")
-        if given[0] != "choice":
-            low, high = getattr(self, given[0])
-            if low >= high:
-                raise ValueError(f"{given[0]}: the lower bound comes first, and differs from the upper")
-            if given[0] == "loguniform" and low <= 0:
-                raise ValueError("loguniform: bounds must be above 0")
-        return self
-
-    def bounds(self) -> tuple[Scalar, ...]:
-        """Values that must be allowed for all of the domain to be: its ends, or every choice."""
-        return self.choice or self.uniform or self.loguniform or self.int or ()
-
-    def contains(self, value: Any) -> bool:
-        if self.choice is not None:
-            return value in self.choice
-        low, high = self.uniform or self.loguniform or self.int or (0, 0)
-        return isinstance(value, Whole | float) and not isinstance(value, bool) and bool(low <= value <= high)
-
-    def distribution(self) -> BaseDistribution:
-        """The same as Optuna says it."""
-        from optuna import distributions
-
-        if self.choice is not None:
-            return distributions.CategoricalDistribution(self.choice)
-        if self.int is not None:
-            return distributions.IntDistribution(*self.int)
-        low, high = self.uniform or self.loguniform or (0.0, 1.0)
-        return distributions.FloatDistribution(low, high, log=self.loguniform is not None)
+Objective = Literal["val/rsum", "embedding_size", "query_ms"]
+MAXIMISED: tuple[Objective, ...] = ("val/rsum",)
+"""Objectives of which more is better; of the others less is."""
+PERTURBED = ("loss.", "optimizer.", "similarity.")
+"""Sections whose settings may change in the middle of a training: they decide no shape and no data."""
 
 
 class Pruning(Settings):
@@ -73,6 +33,15 @@ class Pruning(Settings):
 
     grace_epochs: int = Field(2, ge=1, description="no trial is stopped before this epoch, the first rung")
     reduction: float = Field(3, gt=1, description="a rung lets 1 of this many go on; rungs lie this factor apart")
+
+
+class Population(Settings):
+    """Population based training (PBT, Jaderberg et al. 2017): in the middle of their trainings the worst take over
+    weights and settings of the best, and vary them. All trials train at once, or in turns."""
+
+    perturb_epochs: int = Field(2, ge=1, description="epochs between two looks at who is worst and best")
+    share: float = Field(0.25, gt=0, le=0.5, description="share of the trials that copies, and that is copied")
+    resample: float = Field(0.25, ge=0, le=1, description="probability of a new draw instead of a factor 0.8 or 1.2")
 
 
 class Study(Settings):
@@ -86,8 +55,42 @@ class Study(Settings):
     seed: int = Field(0, ge=0, lt=2**31, description="of the sampler; each trial trains with the recipe's own seed")
     startup_trials: int = Field(5, ge=1, description="trials drawn at random before TPE begins to learn")
     trials_per_gpu: int = Field(2, ge=1, description="trials that share a GPU where there is one")
-    pruning: Pruning | None = Pruning()
+    objectives: tuple[Objective, ...] = Field(
+        ("val/rsum",), min_length=1, description="what to make best; of several the Pareto front is sought"
+    )
+    pruning: Pruning | None = Field(None, description="stop bad trials early; only with one objective")
+    population: Population | None = Field(None, description="PBT instead of a sampler that learns")
+    max_hours: float | None = Field(None, gt=0, description="of the sweep, all of its starts together")
+    max_gpu_hours: float | None = Field(None, gt=0, description="of all trials together")
     space: dict[str, Domain] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Study:
+        if len(set(self.objectives)) != len(self.objectives):
+            raise ValueError("objectives: one is named twice")
+        if "val/rsum" not in self.objectives:
+            raise ValueError("objectives: val/rsum has to be among them, or the smallest model would win")
+        if self.pruning is not None and self.population is not None:
+            raise ValueError("pruning and population: a population stops none of its trials; choose one of the two")
+        if self.objectives != ("val/rsum",):
+            for name in ("pruning", "population"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}: it goes by val/rsum alone; write {name}: null, or objectives: [val/rsum]"
+                    )
+        if self.population is not None and self.trials < 4:
+            raise ValueError("population: it takes 4 trials or more")
+        return self
+
+    @property
+    def identity(self) -> Study:
+        """What makes it this study: how much of it is worked off may change."""
+        return self.model_copy(update={"trials": 1, "max_hours": None, "max_gpu_hours": None})
+
+    def varies(self, name: str, values: Mapping[str, Any]) -> bool:
+        """Whether a setting of the space is drawn where the settings are `values`; else the recipe's own stays."""
+        condition = self.space[name].condition
+        return condition is None or condition.holds(values)
 
 
 def names() -> list[str]:
@@ -105,10 +108,11 @@ def is_study(path: Path) -> bool:
     return "space" in config.read_yaml(path).values
 
 
-def load(name: str, overrides: list[str] | None = None) -> tuple[Study, Recipe]:
+def load(name: str, overrides: list[str] | None = None, on: str | None = None) -> tuple[Study, Recipe]:
     """A study and the recipe of its trial 0, both checked; every mistake in either is reported.
 
-    Overrides speak of the study (`trials=5`) or of the recipe (`train.epochs=3`), whichever has that name.
+    Overrides speak of the study (`trials=5`) or of the recipe (`train.epochs=3`), whichever has that name; between them
+    and the recipe lie the settings of preset `on`.
 
     Raises:
         ConfigError: with all mistakes.
@@ -119,6 +123,8 @@ def load(name: str, overrides: list[str] | None = None) -> tuple[Study, Recipe]:
     of_recipe = [text for text in overrides or [] if text not in of_study]
     study = config.build(Study, layer, of_study)
     recipe_layer = config.load_layers(recipes.find(study.recipe), recipes.find)
+    if on is not None:
+        recipe_layer = recipe_layer.merge(hardware.load(on)[1])
     fixed = _as_layer(study.overrides, layer, "overrides")
     base = config.build(Recipe, recipe_layer.merge(fixed), of_recipe)
     _check_space(study, base, layer)
@@ -152,19 +158,57 @@ def _check_space(study: Study, base: Recipe, layer: Layer) -> None:
             hint = f" Did you mean '{nearest}'?" if nearest else ""
             problems.append(f"{place}: space.{name}: '{name}' is not a setting of a recipe.{hint}")
             continue
-        for value in domain.bounds():
-            try:
-                with_values(base, {name: value})
-            except ConfigError as error:
-                problems.append(f"{place}: space.{name}: {str(error).splitlines()[0]}")
+        at_ends = _refused(base, name, domain.bounds())
+        problems += [f"{place}: space.{name}: {told}" for told in at_ends or _refused(base, name, domain.between())]
         if not domain.contains(defaults[name]):
             problems.append(
                 f"{place}: space.{name}: the recipe's own value {defaults[name]!r}, which trial 0 uses, lies outside. "
                 f"Widen the domain, or set overrides: {{{name}: ...}}"
             )
+        if study.population is not None and (not name.startswith(PERTURBED) or name.endswith(".kind")):
+            problems.append(
+                f"{place}: space.{name}: a population changes settings in the middle of a training, which only numbers "
+                f"of {', '.join(PERTURBED)[:-1]} allow"
+            )
+        problems += [f"{place}: space.{name}.when: {problem}" for problem in _check_condition(study, base, name)]
     if problems:
         count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
         raise ConfigError("\n".join([*problems, f"{count}; nothing was started."]))
+
+
+def _refused(base: Recipe, name: str, values: Sequence[Any]) -> list[str]:
+    """What the recipe says to those values of a setting that it does not allow."""
+    told = []
+    for value in values:
+        try:
+            with_values(base, {name: value})
+        except ConfigError as error:
+            told.append(str(error).splitlines()[0])
+    return told
+
+
+def _check_condition(study: Study, base: Recipe, name: str) -> list[str]:
+    """What is wrong with the condition of a setting."""
+    condition, defaults = study.space[name].condition, config.flatten(base)
+    if condition is None:
+        return []
+    before = list(study.space)[: list(study.space).index(name)]
+    if condition.setting not in defaults:
+        nearest = config.nearest_name(condition.setting, list(defaults))
+        return [
+            f"'{condition.setting}' is not a setting of a recipe.{f' Did you mean {nearest!r}?' if nearest else ''}"
+        ]
+    if condition.setting in study.space and condition.setting not in before:
+        return [f"'{condition.setting}' must stand before '{name}', since it is drawn first"]
+    if study.population is not None:
+        return ["a population varies every setting at all times"]
+    domain = study.space.get(condition.setting)
+    seen = [defaults[condition.setting], *(domain.bounds() if domain is not None else ())]
+    try:
+        held = {condition.holds({condition.setting: value}) for value in seen}
+    except TypeError:
+        return [f"{seen[0]!r} cannot be compared by '{condition.comparison}' with {condition.value!r}"]
+    return ["it holds of no value"] if held == {False} and (domain is None or domain.choice is not None) else []
 
 
 def with_values(base: Recipe, values: dict[str, Any]) -> Recipe:
@@ -176,4 +220,4 @@ def with_values(base: Recipe, values: dict[str, Any]) -> Recipe:
 def default_values(study: Study, base: Recipe) -> dict[str, Any]:
     """The recipe's own values of the settings that vary: trial 0."""
     flat = config.flatten(base)
-    return {name: flat[name] for name in study.space}
+    return {name: flat[name] for name in study.space if study.varies(name, flat)}

@@ -7,43 +7,128 @@ trial number is one row in Optuna, one run folder and one MLflow run, whatever h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
+from setwise.platform.errors import ConfigError, UnreachableError
+from setwise.sweeps.objectives import directions
 from setwise.sweeps.space import Pruning, Study
 
 METRIC = "rsum"
+"""In Tune's results: the validation RSUM of an epoch. The other objectives have their own names."""
+BEST = "val/rsum"
+"""In Tune's results: the best RSUM up to an epoch."""
 TIME = "epoch"
+FAILURE = "failure"
+"""In the last result of a trial that failed: why."""
 NUMBER = "trial"
 RETURNED_VALUES = "values"
 REASON = "reason"
+URL = "SETWISE_OPTUNA_URL"
+PATIENCE_S = 60
+T = TypeVar("T")
 
 
-def open_study(path: Path, name: str, study: Study, defaults: Mapping[str, Any]) -> optuna.Study:
-    """The study in the sqlite file `path`; a new one gets `defaults` as its trial 0."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.RDBStorage(
-        f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60}}, heartbeat_interval=None
-    )
-    made = optuna.create_study(
-        storage=storage, study_name=name, direction="maximize", load_if_exists=True, sampler=make_sampler(study)
-    )
+def open_study(
+    folder: Path, name: str, study: Study, identity: str, first: Sequence[tuple[Mapping[str, Any], str]]
+) -> optuna.Study:
+    """The study `name`: in `folder`/study.db, or in the database that the environment names in SETWISE_OPTUNA_URL.
+
+    Args:
+        identity: stands for the study's content; a database of many stores may hold another one of this name.
+        first: what a new study tries first, and where that comes from; (the recipe's own values, "recipe") is trial 0.
+
+    Raises:
+        ConfigError: the database holds another study of this name.
+        UnreachableError: the database cannot be opened.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        made = optuna.create_study(
+            storage=storage(folder),
+            study_name=name,
+            directions=directions(study.objectives),
+            load_if_exists=True,
+            sampler=make_sampler(study),
+        )
+    except Exception as error:
+        raise UnreachableError(f"study '{name}' cannot be opened in {where(folder)}: {error}") from error
+    if made.user_attrs.get("setwise.identity", identity) != identity:
+        raise ConfigError(f"{where(folder)} holds another study called '{name}'. Give this one a name: --name NAME")
+    if "setwise.identity" not in made.user_attrs:
+        made.set_user_attr("setwise.identity", identity)
     if not made.get_trials(deepcopy=False):
-        made.enqueue_trial(dict(defaults))
+        for values, source in first:
+            made.enqueue_trial(dict(values), user_attrs={"source": source})
     return made
 
 
-def make_sampler(study: Study) -> optuna.samplers.BaseSampler:
-    return optuna.samplers.TPESampler(
-        seed=study.seed, n_startup_trials=study.startup_trials, multivariate=True, constant_liar=True
+def where(folder: Path) -> str:
+    """The database of a study as it may be shown: without its password."""
+    from sqlalchemy.engine import make_url
+
+    return make_url(os.environ.get(URL) or f"sqlite:///{folder / 'study.db'}").render_as_string(hide_password=True)
+
+
+def storage(folder: Path) -> optuna.storages.RDBStorage:
+    """The database of a study. A lease keeps other sweeps away, so no heartbeat is needed to tell the dead."""
+    url = os.environ.get(URL)
+    if url:
+        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    return optuna.storages.RDBStorage(
+        f"sqlite:///{folder / 'study.db'}", engine_kwargs={"connect_args": {"timeout": PATIENCE_S}}
     )
+
+
+def load(folder: Path, name: str) -> optuna.Study:
+    """The study as it is, to be read. Raises ConfigError if there is none."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if not os.environ.get(URL) and not (folder / "study.db").is_file():
+        raise ConfigError(f"study '{name}' has not begun: {folder} holds no study.db")
+    try:
+        return optuna.load_study(storage=storage(folder), study_name=name)
+    except KeyError as error:
+        raise ConfigError(f"{where(folder)} holds no study called '{name}'") from error
+
+
+def make_sampler(study: Study) -> optuna.samplers.BaseSampler:
+    """TPE over all settings together; where some vary only under a condition, over those that vary together."""
+    if study.population is not None:
+        return optuna.samplers.RandomSampler(seed=study.seed)
+    conditional = any(domain.when is not None for domain in study.space.values())
+    return optuna.samplers.TPESampler(
+        seed=study.seed,
+        n_startup_trials=study.startup_trials,
+        multivariate=True,
+        group=conditional,
+        constant_liar=True,
+    )
+
+
+def draw(trial: Trial, study: Study, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a trial: those it has, and what is missing drawn; where a condition does not hold, none."""
+    values: dict[str, Any] = {}
+    for name, domain in study.space.items():
+        if not study.varies(name, {**defaults, **values}):
+            continue
+        if domain.choice is not None:
+            values[name] = trial.suggest_categorical(name, domain.choice)
+        elif domain.int is not None:
+            values[name] = trial.suggest_int(name, *domain.int)
+        else:
+            low, high = domain.uniform or domain.loguniform or (0.0, 1.0)
+            values[name] = trial.suggest_float(name, low, high, log=domain.loguniform is not None)
+    return values
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
@@ -56,54 +141,90 @@ def left_running(study: optuna.Study) -> list[FrozenTrial]:
     return list(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
 
 
+def value_of(trial: FrozenTrial) -> float | None:
+    """The best RSUM of a trial so far."""
+    if trial.intermediate_values:
+        return float(max(trial.intermediate_values.values()))
+    return float(trial.values[0]) if trial.values else None
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """The result of `call`, tried again for a minute while the database is away."""
+    deadline, pause = time.monotonic() + PATIENCE_S, 0.5
+    while True:
+        try:
+            return call()
+        except StorageInternalError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, 10)
+
+
 class StudySearch(OptunaSearch):  # type: ignore[misc]  # Ray leaves its classes untyped
-    """OptunaSearch that first hands out the trials an interrupted sweep left running, and tells pruned from complete.
+    """OptunaSearch that first hands out the trials an interrupted sweep left running, draws settings under their
+    conditions, and tells pruned from complete and failed.
 
     Args:
         study: the study to work off; no other sweep may use it (the caller holds its lease).
+        defaults: the recipe's own settings, by dotted name, which conditions may ask for.
         last_epoch: a trial that ended before it, without an error, was pruned.
     """
 
-    def __init__(self, study: optuna.Study, spec: Study, last_epoch: int) -> None:
+    def __init__(self, study: optuna.Study, spec: Study, defaults: Mapping[str, Any], last_epoch: int) -> None:
         self._left_running = [trial.number for trial in left_running(study)]
+        self._spec = spec
+        self._defaults = dict(defaults)
         self._last_epoch = last_epoch
+        several = len(spec.objectives) > 1
+        modes = [direction[:3] for direction in directions(spec.objectives)]
         super().__init__(
-            space={name: domain.distribution() for name, domain in spec.space.items()},
-            metric=METRIC,
-            mode="max",
+            space=self._values,
+            metric=list(spec.objectives) if several else METRIC,
+            mode=modes if several else "max",
             sampler=make_sampler(spec),
             storage=study._storage,
             study_name=study.study_name,
         )
 
+    def _values(self, trial: Trial) -> dict[str, Any]:
+        return draw(trial, self._spec, self._defaults)
+
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        if self._left_running and trial_id not in self._ot_trials:
-            number = self._left_running.pop(0)
-            frozen = self._ot_study.get_trials(deepcopy=False)[number]
-            trial = Trial(self._ot_study, frozen._trial_id)
-            for name, distribution in self._space.items():  # a crash may have come before all values were drawn
-                trial._suggest(name, distribution)
-            self._ot_trials[trial_id] = trial
-        suggested: dict[str, Any] = super().suggest(trial_id)
-        return {NUMBER: self._ot_trials[trial_id].number, RETURNED_VALUES: suggested}
+        if trial_id not in self._ot_trials:
+            if self._left_running:
+                number = self._left_running.pop(0)
+                frozen = self._ot_study.get_trials(deepcopy=False)[number]
+                self._ot_trials[trial_id] = Trial(self._ot_study, frozen._trial_id)
+            else:
+                self._ot_trials[trial_id] = patiently(self._ot_study.ask)
+        trial = self._ot_trials[trial_id]
+        return {NUMBER: trial.number, RETURNED_VALUES: patiently(lambda: self._values(trial))}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         trial = self._ot_trials[trial_id]
+        if len(self._spec.objectives) > 1 or FAILURE in result:
+            return  # Optuna keeps values on the way of one objective alone
         step = int(result[TIME])
         if step not in self._ot_study.get_trials(deepcopy=False)[trial.number].intermediate_values:
-            trial.report(float(result[METRIC]), step)
+            patiently(lambda: trial.report(float(result[METRIC]), step))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         trial = self._ot_trials[trial_id]
         if result and METRIC in result:
             self.on_trial_result(trial_id, result)  # Tune hands the last result of a stopped trial to this call alone
-        values = self._ot_study.get_trials(deepcopy=False)[trial.number].intermediate_values
-        if error or not values:
-            self._ot_study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-        elif max(values) < self._last_epoch:
-            self._ot_study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
-        else:
-            self._ot_study.tell(trial, max(values.values()), skip_if_finished=True)
+        epoch = int(result[TIME]) if result and TIME in result else 0
+        failure = (result or {}).get(FAILURE) or ("its process died" if error else None)
+        if failure is not None or epoch == 0:
+            patiently(lambda: trial.set_user_attr(REASON, failure or "it ended before its first epoch"))
+            self._tell(trial, None, TrialState.FAIL)
+        elif epoch < self._last_epoch:
+            self._tell(trial, None, TrialState.PRUNED)
+        elif result is not None:
+            self._tell(trial, [float(result[name]) for name in self._spec.objectives], None)
+
+    def _tell(self, trial: Trial, values: list[float] | None, state: TrialState | None) -> None:
+        patiently(lambda: self._ot_study.tell(trial, values, state=state, skip_if_finished=True))
 
 
 def make_scheduler(pruning: Pruning | None, study: optuna.Study, last_epoch: int) -> ASHAScheduler | None:

@@ -12,6 +12,7 @@ import pytest
 from setwise.pipelines import recipe as recipes
 from setwise.platform.errors import ConfigError
 from setwise.sweeps import space
+from setwise.sweeps.domain import Domain
 from setwise.sweeps.space import Study
 
 HEAD = "recipe: digits_cnn_bigru\ntrials: 3\n"
@@ -48,7 +49,7 @@ def test_whatever_a_shipped_study_draws_is_a_recipe(name: str) -> None:
         space.with_values(base, {setting: draw(domain, chance) for setting, domain in study.space.items()})
 
 
-def draw(domain: space.Domain, chance: random.Random) -> Any:
+def draw(domain: Domain, chance: random.Random) -> Any:
     """A value of the domain, by Optuna's own account of it."""
     distribution = domain.distribution()
     if domain.choice is not None:
@@ -152,8 +153,8 @@ def test_a_space_is_needed(tmp_path: Path) -> None:
 
 
 def test_a_logarithmic_domain_is_drawn_as_one() -> None:
-    assert space.Domain(loguniform=(1e-3, 1.0)).distribution().log is True
-    assert space.Domain(uniform=(1e-3, 1.0)).distribution().log is False
+    assert Domain(loguniform=(1e-3, 1.0)).distribution().log is True
+    assert Domain(uniform=(1e-3, 1.0)).distribution().log is False
 
 
 # --- overrides --------------------------------------------------------------------------------------------------

@@ -18,16 +18,20 @@ LAST_EPOCH = 4
 @pytest.fixture
 def opened(tmp_path: Path) -> tuple[optuna.Study, space.Study]:
     spec, base = space.load("digits")
-    return study.open_study(tmp_path / "study.db", "tests", spec, space.default_values(spec, base)), spec
+    return study.open_study(tmp_path, "tests", spec, "identity", [(space.default_values(spec, base), "recipe")]), spec
 
 
-def result(epoch: int, rsum: float) -> dict[str, float]:
-    return {"epoch": epoch, "rsum": rsum}
+def result(epoch: int, rsum: float, best: float | None = None) -> dict[str, float]:
+    return {"epoch": epoch, "rsum": rsum, "val/rsum": rsum if best is None else best}
+
+
+def searcher(made: optuna.Study, spec: space.Study) -> study.StudySearch:
+    return study.StudySearch(made, spec, {}, LAST_EPOCH)
 
 
 def test_the_first_trial_is_the_recipe_itself(opened: tuple[optuna.Study, space.Study]) -> None:
     made, spec = opened
-    suggested = study.StudySearch(made, spec, LAST_EPOCH).suggest("a")
+    suggested = searcher(made, spec).suggest("a")
     assert suggested is not None
     assert suggested["trial"] == 0
     assert suggested["values"]["similarity.alpha"] == 16 and suggested["values"]["model.set_prediction.num_slots"] == 4
@@ -37,12 +41,12 @@ def test_what_was_running_is_handed_out_again_with_its_number_and_values(
     opened: tuple[optuna.Study, space.Study],
 ) -> None:
     made, spec = opened
-    before = study.StudySearch(made, spec, LAST_EPOCH)
+    before = searcher(made, spec)
     first = [before.suggest(name) for name in ("a", "b", "c")]
     before.on_trial_complete("b", result(LAST_EPOCH, 50.0))
     before.on_trial_result("c", result(1, 20.0))
 
-    after = study.StudySearch(made, spec, LAST_EPOCH)  # the driver was killed here
+    after = searcher(made, spec)  # the driver was killed here
     second = [after.suggest(name) for name in ("x", "y", "z")]
     assert second[:2] == [first[0], first[2]]
     assert second[2] is not None and second[2]["trial"] == 3
@@ -54,12 +58,12 @@ def test_what_was_running_is_handed_out_again_with_its_number_and_values(
 
 def test_the_value_is_the_best_epoch_and_an_early_end_is_pruned(opened: tuple[optuna.Study, space.Study]) -> None:
     made, spec = opened
-    search = study.StudySearch(made, spec, LAST_EPOCH)
+    search = searcher(made, spec)
     for name in ("a", "b", "c", "d"):
         search.suggest(name)
     for epoch, rsum in ((1, 10.0), (2, 40.0), (3, 30.0)):
         search.on_trial_result("a", result(epoch, rsum))
-    search.on_trial_complete("a", result(4, 35.0))
+    search.on_trial_complete("a", result(4, 35.0, best=40.0))
     search.on_trial_complete("b", result(2, 12.0))
     search.on_trial_complete("c", None, error=True)
     search.on_trial_complete("d", result(LAST_EPOCH, 5.0), error=True)
@@ -70,7 +74,7 @@ def test_the_value_is_the_best_epoch_and_an_early_end_is_pruned(opened: tuple[op
 
 def test_asha_judges_by_the_trials_of_earlier_starts(opened: tuple[optuna.Study, space.Study]) -> None:
     made, spec = opened
-    search = study.StudySearch(made, spec, LAST_EPOCH)
+    search = searcher(made, spec)
     for number, name in enumerate(("a", "b", "c")):
         search.suggest(name)
         search.on_trial_result(name, result(1, 50.0 + number))

@@ -1,0 +1,101 @@
+"""One trial, in the process that Ray Tune gave it; the process is reused for the next.
+
+A training that fails ends with a result that says why, and is not tried again: what failed would fail again. A process
+that dies is replaced, and the trial goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from pathlib import Path
+from typing import Any
+
+from setwise.pipelines import references
+from setwise.pipelines.recipe import Recipe
+from setwise.platform import config as configuration
+from setwise.platform import run, storage
+from setwise.platform.errors import SetwiseError
+from setwise.platform.outbox import Outbox
+from setwise.platform.run import Run
+from setwise.sweeps.space import with_values
+
+MAX_REASON = 600
+
+
+def settings_of(study: str, base: Recipe, store: Path, objectives: tuple[str, ...]) -> dict[str, Any]:
+    """What all trials of a study share, as plain values."""
+    recipe = base.model_dump(mode="json")
+    return {"study": study, "recipe": recipe, "store": str(store), "objectives": objectives}
+
+
+def train_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Train what Tune's `config` says: `trial`, a number, with `values`; with `seed` the trial again under this seed.
+
+    Reports after each epoch `rsum` of the validation split, the study's objectives, and the `epoch`.
+    """
+    from ray import tune
+
+    from setwise.sweeps.study import BEST, FAILURE, METRIC, NUMBER, RETURNED_VALUES, TIME
+
+    store = Path(settings["store"])
+    values, seed = config[RETURNED_VALUES], config.get("seed")
+    number = {NUMBER: config[NUMBER]}
+    training = references.trial_run(settings["study"], config[NUMBER], store)
+    if seed is not None:
+        training = Run(training.folder.with_name(f"{training.name}-seed{seed}"))
+        values = {**values, "train.seed": seed}
+    objectives: dict[str, float] = {}
+
+    def report(told: dict[str, float]) -> None:
+        from setwise.pipelines.train import METRIC as VALIDATION
+
+        if costs := {key: value for key, value in objectives.items() if key != BEST}:
+            Outbox(training.events).metrics(0, {f"cost/{key}": value for key, value in costs.items()}, series="cost")
+        objectives[BEST] = max(objectives.get(BEST, -math.inf), told[VALIDATION])
+        tune.report({TIME: int(told["epoch"]), METRIC: told[VALIDATION], **objectives, **number})
+
+    try:
+        recipe = with_values(Recipe.model_validate(settings["recipe"]), values)
+        parent = Run(store / "studies" / settings["study"])
+        run.create(store / "runs", training.name, configuration.to_yaml(recipe), settings["study"], parent)
+        objectives |= _costs(training, recipe, store, tuple(settings["objectives"]))
+        _train(recipe, training, store, report)
+    except Exception as error:
+        nothing = dict.fromkeys(settings["objectives"], math.nan)
+        tune.report({TIME: 0, METRIC: math.nan, **nothing, **number, FAILURE: _reason(error, training)})
+
+
+def _train(recipe: Recipe, training: Run, store: Path, report: Any) -> None:
+    from setwise.pipelines import launch, train, trained_model
+    from setwise.pipelines.workers import Worker
+
+    if recipe.train.workers == 1:
+        with run.writing(training):
+            train.train(recipe, training, store, Worker(device=trained_model.default_device()), report)
+    else:
+        launch.train_with_ray(recipe, training, store, on_epoch=report)
+
+
+def _costs(training: Run, recipe: Recipe, store: Path, objectives: tuple[Any, ...]) -> dict[str, float]:
+    """The objectives that are no result of training; what an earlier start of the trial measured stays."""
+    if len(objectives) == 1:
+        return {}
+    from setwise.pipelines import batches, prepare, trained_model
+    from setwise.sweeps import objectives as measures
+
+    for event in run.read_events(training.events):
+        if event.get("series") == "cost":
+            return {name.removeprefix("cost/"): value for name, value in event["values"].items()}
+    words = batches.open_words(recipe, prepare.open_prepared(recipe.data.name, store))
+    return measures.costs(recipe, len(words), objectives, trained_model.default_device())
+
+
+def _reason(error: Exception, training: Run) -> str:
+    """Why a training failed, in a line or two; the whole traceback of what nobody foresaw lies in its folder."""
+    if isinstance(error, SetwiseError):
+        return str(error)[:MAX_REASON]
+    if (training.folder / "run.json").is_file():
+        storage.write_bytes(training.folder / "error.txt", traceback.format_exc().encode())
+    kind = "out of memory" if "OutOfMemory" in type(error).__name__ else type(error).__name__
+    return f"{kind}: {str(error).strip()}"[:MAX_REASON]

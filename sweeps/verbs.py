@@ -1,0 +1,159 @@
+"""`setwise sweep`: run a study, see where it stands, stop it, look into what it found."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from setwise.pipelines.terminal import (
+    JsonOption,
+    OnOption,
+    Overrides,
+    StoreOption,
+    emit,
+    open_store,
+    open_tracker,
+    results,
+    say,
+)
+from setwise.platform.errors import ConfigError, TrialsFailedError
+
+
+class StudyOrVerb(TyperGroup):
+    """`setwise sweep digits` means `setwise sweep run digits`: what is no verb is a study."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help",):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=StudyOrVerb,
+    help="Sweeps with Ray Tune and Optuna: setwise sweep STUDY [a.b=v]..., and what to do with them.",
+    no_args_is_help=True,
+)
+Name = Annotated[str, typer.Argument(metavar="STUDY", help="name of a study that was started")]
+
+
+@app.command("run")
+def run(
+    study: Annotated[str, typer.Argument(help="study, by name or file")],
+    overrides: Overrides = None,
+    trials: Annotated[int | None, typer.Option(help="how many trials in all")] = None,
+    budget: Annotated[str | None, typer.Option(help="stop after so long, all starts together: 8h, 45m, 2d")] = None,
+    max_gpu_hours: Annotated[float | None, typer.Option(help="stop after so many GPU-hours of all trials")] = None,
+    warm_start: Annotated[
+        list[str] | None, typer.Option(metavar="REF", help="study or run whose settings are tried first; repeatable")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="name of the study [default: its file's]")] = None,
+    on: OnOption = None,
+    store: StoreOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be swept, and sweep nothing")] = False,
+) -> None:
+    """Run a study. The same command again goes on where it stopped, whatever stopped it."""
+    from setwise.sweeps import limits, space
+
+    given = list(overrides or [])
+    given += [f"trials={trials}"] if trials is not None else []
+    given += [f"max_gpu_hours={max_gpu_hours}"] if max_gpu_hours is not None else []
+    if budget is not None:
+        try:
+            given.append(f"max_hours={limits.parse_hours(budget)!r}")
+        except ValueError as error:
+            raise ConfigError(f"--budget {error}") from error
+    spec, base = space.load(study, given, on)
+    title = name or Path(study).stem
+    varied = ", ".join(spec.space)
+    say(f"study '{title}': {spec.trials} trials of {spec.recipe}, {base.train.epochs} epochs, over {varied}")
+    folder = open_store(store)
+    if on is not None:
+        from setwise.pipelines import estimate
+
+        base = estimate.settled(base, on, folder)
+    if dry_run:
+        from setwise.sweeps import plan
+
+        results.print(plan.describe(spec, base, title, folder, on), soft_wrap=True)
+        return
+    from setwise.sweeps import report
+    from setwise.sweeps import run as sweeps
+
+    place = [*(["--on", on] if on is not None else []), *(["--name", name] if name is not None else [])]
+    again = " ".join(["setwise sweep", study, *given, *place])
+    try:
+        outcome = sweeps.run_study(spec, base, title, folder, open_tracker(folder), say, warm_start or [])
+    except KeyboardInterrupt:
+        say(f"interrupted; nothing is lost. To go on: {again}")
+        raise
+    report.show_outcome(outcome, results)
+    if outcome.stopped is not None:
+        say(f"stopped: {outcome.stopped}. Nothing is lost. To go on: {again}")
+    say(f"next: setwise sweep analyze {title}    setwise eval best:{title}    setwise promote best:{title}")
+    if outcome.failed:
+        reasons = "; ".join(f"trial {number}: {reason}" for number, reason in outcome.failed.items())
+        raise TrialsFailedError(f"{len(outcome.failed)} trials failed: {reasons}")
+
+
+@app.command()
+def status(
+    name: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="a study; else all are listed")] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Where a study stands: its trials, its time, and whether a process is at work on it."""
+    from setwise.sweeps import status as standing
+
+    folder = open_store(store)
+    if name is None:
+        found, table = standing.overview(folder)
+        if as_json:
+            emit({"studies": [one.to_json() for one in found]})
+        else:
+            results.print(table)
+        return
+    one = standing.of(name, folder)
+    if as_json:
+        emit(one.to_json())
+    else:
+        results.print(one.table())
+
+
+@app.command()
+def stop(name: Name, store: StoreOption = None) -> None:
+    """Stop a study that runs, here or on another machine with the same store. It goes on when it is started again."""
+    from setwise.sweeps import status as standing
+
+    owner = standing.stop(name, open_store(store))
+    results.print(f"study '{name}' was stopped ({owner}); its running trials go on when it is started again")
+
+
+@app.command()
+def dashboard(
+    name: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="a study; not needed with a database")] = None,
+    port: Annotated[int, typer.Option(help="port on this machine")] = 8080,
+    store: StoreOption = None,
+) -> None:
+    """Open Optuna's dashboard on a study, on this machine only."""
+    from importlib.util import find_spec
+
+    from setwise.sweeps import status as standing
+    from setwise.sweeps import study as studies
+
+    if find_spec("optuna_dashboard") is None:
+        raise ConfigError("the dashboard is not installed. Install it with: pip install 'setwise[dashboard]'")
+    url = os.environ.get(studies.URL)
+    if url is None:
+        if name is None:
+            raise ConfigError("name a study: setwise sweep dashboard STUDY")
+        url = f"sqlite:///{standing.find(name, open_store(store)) / 'study.db'}"
+    say(f"Optuna's dashboard on http://127.0.0.1:{port}; Ctrl-C ends it")
+    code = "from optuna_dashboard import run_server; import os; "
+    code += f"run_server(os.environ['SETWISE_DASHBOARD_URL'], host='127.0.0.1', port={port})"
+    os.environ["SETWISE_DASHBOARD_URL"] = url  # not in the arguments, where everybody would read a password
+    os.execv(sys.executable, [sys.executable, "-c", code])
