@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,24 @@ def plan(recipe_name: str, recipe: Recipe, name: str | None, store: Path) -> Pla
     return Plan(run.check_name(name or f"{title}-{digest}"), recipe, store, title, steps)
 
 
+def plans(recipe_name: str, recipe: Recipe, name: str | None, seeds: int | None, store: Path) -> list[Plan]:
+    """One training, or the same under several seeds, counted from the recipe's own: NAME-seed0, NAME-seed1, ..."""
+    first = plan(recipe_name, recipe, name, store)
+    if seeds is None:
+        return [first]
+    made = []
+    for number in range(seeds):
+        train = recipe.train.model_copy(update={"seed": recipe.train.seed + number})
+        seeded = recipe.model_copy(update={"train": train})
+        made.append(replace(first, name=run.check_name(f"{first.name}-seed{number}"), recipe=seeded))
+    return made
+
+
+def title_of(planned: Sequence[Plan]) -> str:
+    """What a user calls them all."""
+    return planned[0].name if len(planned) == 1 else planned[0].name.rpartition("-seed")[0]
+
+
 def check_trainable(recipe: Recipe) -> None:
     """Raises ConfigError for a model that is only there to load weights."""
     if recipe.model.padding == "official":
@@ -75,20 +93,34 @@ def check_trainable(recipe: Recipe) -> None:
         )
 
 
-def execute(plan: Plan, tracker: Tracker, say: Say) -> Run:
-    """Train as planned, from where an earlier start of the same plan stopped, and deliver the record to MLflow."""
-    training = run.create(plan.store / "runs", plan.name, config.to_yaml(plan.recipe), plan.experiment)
-    with storage.lease(training.folder / "lease", f"run '{plan.name}'"), Courier(tracker) as courier:
-        courier.add(training)
-        if records.ended(training):
-            say(f"run '{plan.name}' is complete already")
-            return training
-        epochs = plan.recipe.train.epochs
-        with cluster.connect():
-            say(f"training on {'GPUs' if cluster.gpus() >= plan.recipe.train.workers else 'CPUs'}")
-            train_with_ray(plan.recipe, training, plan.store, on_epoch=lambda values: say(epoch_line(values, epochs)))
-        records.end(training, "FINISHED")
-    return training
+def execute(planned: Sequence[Plan], tracker: Tracker, say: Say) -> list[Run]:
+    """Train as planned, one after the other, each from where an earlier start of it stopped; deliver to MLflow."""
+    runs = []
+    with contextlib.ExitStack() as cluster_at_need:
+        connected = False
+        for plan in planned:
+            training = run.create(plan.store / "runs", plan.name, config.to_yaml(plan.recipe), plan.experiment)
+            runs.append(training)
+            with storage.lease(training.folder / "lease", f"run '{plan.name}'"), Courier(tracker) as courier:
+                courier.add(training)
+                if records.ended(training):
+                    say(f"run '{plan.name}' is complete already")
+                    continue
+                if not connected:
+                    cluster_at_need.enter_context(cluster.connect())
+                    connected = True
+                say(f"run '{plan.name}': training on {_processors(plan.recipe)}")
+                train_with_ray(plan.recipe, training, plan.store, on_epoch=_told(plan, say))
+                records.end(training, "FINISHED")
+    return runs
+
+
+def _told(plan: Plan, say: Say) -> Callable[[dict[str, Any]], None]:
+    return lambda values: say(epoch_line(values, plan.recipe.train.epochs))
+
+
+def _processors(recipe: Recipe) -> str:
+    return "GPUs" if cluster.gpus() >= recipe.train.workers else "CPUs"
 
 
 def epoch_line(values: dict[str, Any], epochs: int) -> str:

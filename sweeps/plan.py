@@ -29,7 +29,12 @@ def _way(spec: Study) -> str:
     if spec.population is not None:
         return f"PBT every {spec.population.perturb_epochs} epochs"
     stopped = f"ASHA from epoch {spec.pruning.grace_epochs} on" if spec.pruning is not None else "no trial stops early"
-    return f"TPE after {spec.startup_trials} trials at random; {stopped}"
+    drawn = {
+        "tpe": f"TPE after {spec.startup_trials} trials at random",
+        "grid": f"{len(spec.grid())} points of a grid",
+        "random": "drawn at random",
+    }
+    return f"{drawn[spec.sampler]}; {stopped}"
 
 
 def _hours(spec: Study, base: Recipe, store: Path, on: str | None) -> str:

@@ -54,7 +54,10 @@ def run_study(
     folder = store / "studies" / run.check_name(name)
     prepared = prepare.open_prepared(base.data.name, store)
     pretrained.locate(base, store / "weights")
-    first = [(default_values(spec, base), "recipe"), *earlier.settings(warm_start, spec, base, store, say)]
+    default = default_values(spec, base)
+    first = [(default, "recipe"), *earlier.settings(warm_start, spec, base, store, say)]
+    if spec.sampler == "grid":
+        first += [(values, "grid") for values in spec.grid() if values not in [one for one, _ in first]]
     with storage.lease(folder / "lease", f"study '{name}'"):
         parent = _parent_run(spec, base, name, store, prepared)
         study = studies.open_study(folder, name, spec, storage.fingerprint(parent.config.read_text()), first)
@@ -93,7 +96,7 @@ def _parent_run(spec: Study, base: Recipe, name: str, store: Path, prepared: pre
     if not parent.events.is_file():
         params = {
             "recipe": spec.recipe,
-            "sampler": "TPE" if spec.population is None else "PBT",
+            "sampler": spec.sampler if spec.population is None else "PBT",
             "objectives": ", ".join(spec.objectives),
             "seed": str(spec.seed),
             **{f"space.{key}": str(domain.model_dump(exclude_none=True)) for key, domain in spec.space.items()},

@@ -6,6 +6,8 @@ checked against the recipe before anything starts: names, kinds and bounds.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +55,9 @@ class Study(Settings):
     )
     trials: int = Field(20, ge=1, le=100_000)
     seed: int = Field(0, ge=0, lt=2**31, description="of the sampler; each trial trains with the recipe's own seed")
+    sampler: Literal["tpe", "grid", "random"] = Field(
+        "tpe", description="tpe learns from the trials before; grid tries every combination of choices once"
+    )
     startup_trials: int = Field(5, ge=1, description="trials drawn at random before TPE begins to learn")
     trials_per_gpu: int = Field(2, ge=1, description="trials that share a GPU where there is one")
     objectives: tuple[Objective, ...] = Field(
@@ -78,9 +83,21 @@ class Study(Settings):
                     raise ValueError(
                         f"{name}: it goes by val/rsum alone; write {name}: null, or objectives: [val/rsum]"
                     )
+        if self.sampler == "grid":
+            if any(domain.choice is None or domain.when is not None for domain in self.space.values()):
+                raise ValueError("sampler: a grid is made of choices without conditions")
+            if self.trials > (points := math.prod(len(domain.choice or ()) for domain in self.space.values())):
+                raise ValueError(f"trials: the grid has {points} points, and as many trials at most")
+        if self.population is not None and self.sampler == "grid":
+            raise ValueError("population: it begins with settings drawn at random; sampler: grid does not go with it")
         if self.population is not None and self.trials < 4:
             raise ValueError("population: it takes 4 trials or more")
         return self
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Every combination of choices, the last setting changing first."""
+        combinations = itertools.product(*(domain.choice or () for domain in self.space.values()))
+        return [dict(zip(self.space, values, strict=True)) for values in combinations]
 
     @property
     def identity(self) -> Study:

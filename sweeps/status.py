@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from setwise.pipelines import references
+from setwise.pipelines.plan import duration
 from setwise.platform import config, run, storage
 from setwise.platform.errors import ConfigError
 from setwise.sweeps import limits
@@ -53,7 +54,7 @@ class Status:
         said = ", ".join(f"{number} {state}" for state, number in counts.items() if number) or "no trial yet"
         at_work = f"{self.owner} is at work on it" if self.owner else "nobody is at work on it"
         gpus = f", {self.gpu_hours:.1f} GPU-hours" if self.gpu_hours else ""
-        return f"study '{self.name}': {said}; {self.hours:.1f} hours{gpus} so far; {at_work}"
+        return f"study '{self.name}': {said}; {duration(3600 * self.hours)}{gpus} so far; {at_work}"
 
     def table(self) -> RenderableType:
         """All of it for a terminal."""
@@ -102,11 +103,11 @@ def of(name: str, store: Path) -> Status:
 def overview(store: Path) -> tuple[list[Status], Table]:
     """All studies of a store."""
     found = [of(name, store) for name in names(store)]
-    table = Table("study", "complete", "pruned", "failed", "to go on", "hours", "at work")
+    table = Table("study", "complete", "pruned", "failed", "to go on", "time", "at work")
     for one in found:
         running = one.count("running") + one.count("interrupted")
         counts = (one.count("complete"), one.count("pruned"), one.count("failed"), running)
-        table.add_row(one.name, *map(str, counts), f"{one.hours:.1f}", one.owner or "")
+        table.add_row(one.name, *map(str, counts), duration(3600 * one.hours), one.owner or "")
     return found, table
 
 

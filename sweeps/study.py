@@ -103,7 +103,7 @@ def load(folder: Path, name: str) -> optuna.Study:
 
 def make_sampler(study: Study) -> optuna.samplers.BaseSampler:
     """TPE over all settings together; where some vary only under a condition, over those that vary together."""
-    if study.population is not None:
+    if study.sampler != "tpe" or study.population is not None:  # all of a grid is enqueued
         return optuna.samplers.RandomSampler(seed=study.seed)
     conditional = any(domain.when is not None for domain in study.space.values())
     return optuna.samplers.TPESampler(
