@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from setwise.pipelines import recipe as recipes
+from setwise.platform import config
 from setwise.platform.errors import ConfigError
 from setwise.sweeps import space
 from setwise.sweeps.domain import Domain
@@ -36,7 +37,7 @@ def mistakes(tmp_path: Path, text: str, *overrides: str) -> list[str]:
 def test_every_shipped_study_loads_and_its_trial_0_is_the_recipe_itself(name: str) -> None:
     study, base = space.load(name)
     values = space.default_values(study, base)
-    assert values.keys() == study.space.keys()
+    assert values.keys() <= study.space.keys()
     assert all(study.space[setting].contains(value) for setting, value in values.items())
     assert space.with_values(base, values) == base
 
@@ -155,6 +156,116 @@ def test_a_space_is_needed(tmp_path: Path) -> None:
 def test_a_logarithmic_domain_is_drawn_as_one() -> None:
     assert Domain(loguniform=(1e-3, 1.0)).distribution().log is True
     assert Domain(uniform=(1e-3, 1.0)).distribution().log is False
+
+
+# --- conditions -------------------------------------------------------------------------------------------------
+
+SLOTS = "model.set_prediction.num_slots"
+TWO = f"{HEAD}space:\n  {SLOTS}: {{choice: [1, 2, 4]}}\n  loss.diversity_weight: {{uniform: [0, 1], when: %s}}\n"
+
+
+@pytest.mark.parametrize(
+    ("condition", "drawn_at"),
+    [
+        (f"{SLOTS} > 1", {2, 4}),
+        (f"{SLOTS} >= 4", {4}),
+        (f"{SLOTS} == 1", {1}),
+        (f"{SLOTS} != 2", {1, 4}),
+        (f"'{SLOTS} in [1, 4]'", {1, 4}),
+        (f"'{SLOTS} not in [1, 4]'", {2}),
+        ("similarity.kind == smooth_chamfer", {1, 2, 4}),
+        ("similarity.kind == chamfer", "it holds of no value"),
+        (f"{SLOTS} > 8", "it holds of no value"),
+        (f"{SLOTS} > many", "cannot be compared"),
+        (f"{SLOTS} = 1", "a condition is written"),
+        (f"{SLOTS} in 4", "compares with a list"),
+        (f"'{SLOTS} > [1, 2]'", "compares with one value"),
+        ("model.num_slots > 1", f"Did you mean '{SLOTS}'?"),
+    ],
+)
+def test_a_setting_varies_only_where_its_condition_holds(
+    tmp_path: Path, condition: str, drawn_at: set[int] | str
+) -> None:
+    if isinstance(drawn_at, str):
+        (line,) = mistakes(tmp_path, TWO % condition)
+        assert line.startswith("study.yaml:5:") and drawn_at in line
+        return
+    study, base = load(tmp_path, TWO % condition)
+    flat = config.flatten(base)
+    assert {k for k in (1, 2, 4) if study.varies("loss.diversity_weight", {**flat, SLOTS: k})} == drawn_at
+
+
+def test_a_condition_asks_for_what_stands_before_it(tmp_path: Path) -> None:
+    text = f"{HEAD}space:\n  loss.diversity_weight: {{uniform: [0, 1], when: {SLOTS} > 1}}\n"
+    text += f"  {SLOTS}: {{choice: [1, 4]}}\n"
+    (line,) = mistakes(tmp_path, text)
+    assert "must stand before 'loss.diversity_weight'" in line
+
+
+def test_a_number_between_whole_numbers_is_no_domain_of_a_whole_setting(tmp_path: Path) -> None:
+    lines = mistakes(tmp_path, f"{HEAD}space: {{train.batch_size: {{uniform: [64, 256]}}}}\n")
+    assert any("valid integer" in line for line in lines), lines
+    assert not Domain(int=(1, 4)).contains(2.5) and Domain(int=(1, 4)).contains(2)
+
+
+# --- what goes together -----------------------------------------------------------------------------------------
+
+ALPHA = "space: {similarity.alpha: {uniform: [1, 20]}}\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("objectives: [val/rsum, query_ms]\npruning: {grace_epochs: 1}\n", "pruning: it goes by val/rsum alone"),
+        ("objectives: [embedding_size]\n", "val/rsum has to be among them"),
+        ("objectives: [val/rsum, val/rsum]\n", "one is named twice"),
+        ("objectives: [val/rsum, speed]\n", "objectives"),
+        ("population: {}\ntrials: 3\n", "it takes 4 trials"),
+        ("population: {}\ntrials: 8\npruning: {}\n", "choose one of the two"),
+        ("sampler: grid\n", "a grid is made of choices"),
+        ("sampler: best\n", "sampler"),
+        ("max_hours: 0\n", "max_hours"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_a_mistake(tmp_path: Path, settings: str, message: str) -> None:
+    lines = mistakes(tmp_path, f"recipe: digits_cnn_bigru\n{settings}{ALPHA}")
+    assert any(message in line for line in lines), lines
+
+
+def test_a_population_varies_no_shapes(tmp_path: Path) -> None:
+    text = f"recipe: digits_cnn_bigru\npopulation: {{}}\ntrials: 4\nspace: {{{SLOTS}: {{choice: [1, 4]}}}}\n"
+    (line,) = mistakes(tmp_path, text)
+    assert "in the middle of a training" in line
+
+
+def test_a_grid_has_every_combination_once(tmp_path: Path) -> None:
+    text = f"recipe: digits_cnn_bigru\nsampler: grid\ntrials: 6\nspace:\n  {SLOTS}: {{choice: [1, 4]}}\n"
+    text += "  similarity.alpha: {choice: [4.0, 8.0, 16.0]}\n"
+    study, _ = load(tmp_path, text)
+    assert [tuple(values.values()) for values in study.grid()] == [
+        (slots, alpha) for slots in (1, 4) for alpha in (4.0, 8.0, 16.0)
+    ]
+    (line,) = mistakes(tmp_path, text.replace("trials: 6", "trials: 7"))
+    assert "the grid has 6 points" in line
+
+
+@pytest.mark.parametrize("recipe", recipes.names())
+@pytest.mark.parametrize("name", ["slots", "temperature", "loss_weights", "paper"])
+def test_the_papers_studies_fit_every_recipe(name: str, recipe: str) -> None:
+    space.load(name, [f"recipe={recipe}"])
+
+
+def test_a_preset_lies_between_the_recipe_and_what_is_typed() -> None:
+    _, plain = space.load("digits", [])
+    _, placed = space.load("digits", ["train.precision=fp32"], "a100x2")
+    assert plain.train.workers == 1 and placed.train.workers == 2 and placed.train.precision == "fp32"
+
+
+def test_how_much_is_worked_off_is_not_what_makes_a_study() -> None:
+    few, _ = space.load("digits", ["trials=3", "max_hours=1"])
+    many, _ = space.load("digits", ["trials=30", "max_gpu_hours=2"])
+    another, _ = space.load("digits", ["seed=1"])
+    assert few.identity == many.identity != another.identity
 
 
 # --- overrides --------------------------------------------------------------------------------------------------

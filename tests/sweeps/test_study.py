@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
+from setwise.platform import config
+from setwise.platform.errors import ConfigError, UnreachableError
 from setwise.sweeps import report, space, study
 from setwise.sweeps.space import Pruning
 
@@ -70,6 +74,86 @@ def test_the_value_is_the_best_epoch_and_an_early_end_is_pruned(opened: tuple[op
     states = [(trial.state.name, trial.value) for trial in made.trials]
     assert states == [("COMPLETE", 40.0), ("PRUNED", 12.0), ("FAIL", None), ("FAIL", None)]
     assert [trial.number for trial in study.finished(made)] == [0, 1, 2, 3]
+
+
+def test_a_failure_is_a_result_with_its_reason(opened: tuple[optuna.Study, space.Study]) -> None:
+    made, spec = opened
+    search = searcher(made, spec)
+    for name in ("a", "b"):
+        search.suggest(name)
+    search.on_trial_result("a", result(1, 10.0))
+    nothing = {"epoch": 0, "rsum": math.nan, "val/rsum": math.nan, "failure": "the loss is not finite"}
+    search.on_trial_result("a", nothing)
+    search.on_trial_complete("a", nothing)
+    search.on_trial_complete("b", None)
+    first, second = made.trials
+    assert first.state == second.state == TrialState.FAIL
+    assert first.user_attrs["reason"] == "the loss is not finite" and first.intermediate_values == {1: 10.0}
+    assert second.user_attrs["reason"] == "it ended before its first epoch"
+
+
+def test_settings_under_a_condition_are_drawn_where_it_holds(tmp_path: Path) -> None:
+    spec, base = space.load("paper")
+    flat = config.flatten(base)
+    made = study.open_study(tmp_path, "tests", spec, "identity", [(space.default_values(spec, base), "recipe")])
+    search = study.StudySearch(made, spec, flat, LAST_EPOCH)
+    seen = set()
+    for number in range(16):
+        suggested = search.suggest(str(number))
+        assert suggested is not None
+        values = suggested["values"]
+        slots = values["model.set_prediction.num_slots"]
+        assert ("loss.diversity_weight" in values) == (slots > 1)
+        seen.add(slots > 1)
+        search.on_trial_complete(str(number), result(LAST_EPOCH, 10.0 * slots))
+    assert seen == {True, False}
+    resumed = study.StudySearch(made, spec, flat, LAST_EPOCH)
+    made.ask()  # a trial that was asked for when the driver died, before its values were drawn
+    resumed._left_running = [trial.number for trial in study.left_running(made)]
+    assert resumed.suggest("again") is not None
+
+
+def test_several_objectives_have_a_front(tmp_path: Path) -> None:
+    spec, base = space.load("digits", ["objectives=[val/rsum, embedding_size]", "pruning=null"])
+    made = study.open_study(tmp_path, "tests", spec, "identity", [(space.default_values(spec, base), "recipe")])
+    search = searcher(made, spec)
+    for name, best, size in (("a", 90.0, 512.0), ("b", 70.0, 128.0), ("c", 80.0, 512.0)):
+        search.suggest(name)
+        search.on_trial_result(name, {**result(1, 5.0), "embedding_size": size})
+        search.on_trial_complete(name, {**result(LAST_EPOCH, 1.0, best=best), "embedding_size": size})
+    assert sorted(trial.number for trial in made.best_trials) == [0, 1]
+    front = report.front_of(made, spec, "tests")
+    assert [point.run for point in front] == ["tests-000", "tests-001"]
+    assert front[0].values == {"val/rsum": 90.0, "embedding_size": 512.0}
+
+
+def test_a_database_that_holds_another_study_of_this_name_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, base = space.load("digits")
+    first = [(space.default_values(spec, base), "recipe")]
+    monkeypatch.setenv(study.URL, f"sqlite:///{tmp_path}/shared.db")
+    study.open_study(tmp_path / "one", "tests", spec, "this", first)
+    study.open_study(tmp_path / "one", "tests", spec, "this", first)
+    with pytest.raises(ConfigError, match="another study called 'tests'"):
+        study.open_study(tmp_path / "two", "tests", spec, "that", first)
+    monkeypatch.setenv(study.URL, "postgresql://somebody:secret@127.0.0.1:1/none")
+    with pytest.raises(UnreachableError) as caught:
+        study.open_study(tmp_path, "tests", spec, "this", first)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_call_waits_for_a_database_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    answers = iter([StorageInternalError("away"), StorageInternalError("away"), 3])
+
+    def call() -> int:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert study.patiently(call) == 3
 
 
 def test_asha_judges_by_the_trials_of_earlier_starts(opened: tuple[optuna.Study, space.Study]) -> None:
