@@ -106,7 +106,7 @@ class SlotAttention(nn.Module):
         """
         batch, num_inputs, width = inputs.values.shape
         num_slots, by_head = slots.shape[1], (self.heads, self.head_dim, width)
-        query_BKHC = self.to_query(self.slot_norm(slots)).view(len(slots), num_slots, *by_head[:2])
+        query_BKHC = self.to_query(self.slot_norm(slots)).view(slots.shape[0], num_slots, *by_head[:2])
         query_BHKX = torch.einsum("bkhc,hcx->bhkx", query_BKHC * self.head_dim**-0.5, self.to_key.weight.view(by_head))
         logits = query_BHKX.flatten(1, 2) @ inputs.keys.transpose(1, 2)
         logits_BHKN = logits.view(batch, self.heads, num_slots, num_inputs)

@@ -40,28 +40,61 @@ class BiGRU(nn.Module):
         Packing by length keeps padding out of both directions, so a caption's features do not depend on the captions
         beside it. Lengths on the CPU spare a wait for the device. Raises RuntimeError for a length of 0.
         """
-        if not len(tokens):
+        if tokens.shape[0] == 0:  # of len() torch.export would make a constant
             return _no_captions(self, tokens, lengths)
         words_BNW = self.word_dropout(self.embedding(tokens), keys)
-        # Sorted by length here, on the CPU: left to torch, the order would be sent to a GPU in a way that waits for it.
-        sorted_lengths, order = lengths.cpu().sort(descending=True, stable=True)
-        to_sorted_B, back_B = (on_device(places, tokens.device) for places in (order, order.argsort()))
-        packed = pack_padded_sequence(words_BNW.index_select(0, to_sorted_B), sorted_lengths, batch_first=True)
-        packed_states, final_2BS = self.gru(packed)
-        final_2BS = final_2BS.index_select(1, back_B)
+        # A program written by torch.export cannot pack; both ways of reading are the same function.
+        read = self._read_padded if torch.compiler.is_exporting() else self._read_packed
+        wants_states = self.config.local_features == "states" or self.config.pooling == "max"
+        states_BN2S, final_B2S = read(words_BNW, lengths, wants_states)
         is_padding_BN = padding_after(lengths, tokens.shape[1], tokens.device)
 
         states_BND = words_BNW
-        if self.config.local_features == "states" or self.config.pooling == "max":
-            states, _ = pad_packed_sequence(packed_states, batch_first=True, total_length=tokens.shape[1])
-            states = states.index_select(0, back_B)
-            states_BND = self.state_dropout(self._join(states.reshape(*tokens.shape, 2, -1)), keys)
+        if states_BN2S is not None:
+            states_BND = self.state_dropout(self._join(states_BN2S), keys)
         if self.config.pooling == "max":
             pooled_BD = _maximum(states_BND, is_padding_BN)
         else:
-            pooled_BD = self.final_dropout(self._join(final_2BS.transpose(0, 1)), keys)
+            pooled_BD = self.final_dropout(self._join(final_B2S), keys)
         local = words_BNW if self.config.local_features == "words" else states_BND
         return Features(local, pooled_BD, is_padding_BN)
+
+    def _read_packed(self, words_BNW: Tensor, lengths: Tensor, wants_states: bool) -> tuple[Tensor | None, Tensor]:
+        """The states at each word in both directions (B,N,2,S), if wanted, and where each direction ends (B,2,S)."""
+        # Sorted by length here, on the CPU: left to torch, the order would be sent to a GPU in a way that waits for it.
+        sorted_lengths, order = lengths.cpu().sort(descending=True, stable=True)
+        to_sorted_B, back_B = (on_device(places, words_BNW.device) for places in (order, order.argsort()))
+        packed = pack_padded_sequence(words_BNW.index_select(0, to_sorted_B), sorted_lengths, batch_first=True)
+        packed_states, final_2BS = self.gru(packed)
+        final_B2S = final_2BS.index_select(1, back_B).transpose(0, 1)
+        if not wants_states:
+            return None, final_B2S
+        states, _ = pad_packed_sequence(packed_states, batch_first=True, total_length=words_BNW.shape[1])
+        states = states.index_select(0, back_B)
+        return states.reshape(*words_BNW.shape[:2], 2, -1), final_B2S
+
+    def _read_padded(self, words_BNW: Tensor, lengths: Tensor, wants_states: bool) -> tuple[Tensor | None, Tensor]:
+        """The same without packing: each caption is also read with its words turned round. So its last word comes
+        before all padding in both directions, and no state up to there depends on what follows."""
+        place_N = torch.arange(words_BNW.shape[1], device=words_BNW.device)
+        turned_BN1 = (lengths[:, None] - 1 - place_N).clamp(min=0)[..., None]
+        ahead_BNS = self._one_direction(words_BNW, "")
+        turned_BNW = words_BNW.gather(1, turned_BN1.expand(-1, -1, words_BNW.shape[2]))
+        back_BNS = self._one_direction(turned_BNW, "_reverse")
+        last_B1S = (lengths - 1)[:, None, None].expand(-1, -1, self.gru.hidden_size)
+        final_B2S = torch.cat((ahead_BNS.gather(1, last_B1S), back_BNS.gather(1, last_B1S)), dim=1)
+        if not wants_states:
+            return None, final_B2S
+        back_BNS = back_BNS.gather(1, turned_BN1.expand(-1, -1, self.gru.hidden_size))
+        states_BN2S = torch.stack((ahead_BNS, back_BNS), dim=2)
+        return states_BN2S.masked_fill((place_N >= lengths[:, None])[..., None, None], 0), final_B2S
+
+    def _one_direction(self, words_BNW: Tensor, direction: str) -> Tensor:
+        """(B,N,S): the states of the GRU's weights that are named so, from the first word on."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        weights = [getattr(self.gru, f"{name}_l0{direction}") for name in names]
+        start_1BS = words_BNW.new_zeros(1, words_BNW.shape[0], self.gru.hidden_size)
+        return torch.gru(words_BNW, start_1BS, weights, True, 1, 0.0, False, False, True)[0]
 
     def _join(self, directions: Tensor) -> Tensor:
         """(...,2,S) states of the two directions to (...,D)."""
@@ -110,9 +143,9 @@ class Bert(nn.Module):
         Raises ValueError for more tokens than there are positions, and, where `lengths` are on the CPU, for a length
         of 0.
         """
-        if not len(tokens):
+        if tokens.shape[0] == 0:
             return _no_captions(self, tokens, lengths)
-        if lengths.is_cpu and lengths.numpy().min() < 1:
+        if not torch.compiler.is_exporting() and lengths.is_cpu and lengths.numpy().min() < 1:
             raise ValueError(f"caption {int(lengths.argmin())} of the batch has no token; BERT reads at least one")
         is_padding_BN = padding_after(lengths, tokens.shape[1], tokens.device)
         hidden_BNW = tokens if tokens.is_floating_point() else self._read(tokens, is_padding_BN, keys)

@@ -35,15 +35,24 @@ FAMILIES: dict[str, dict[str, Kind]] = {
 
 @dataclass(frozen=True)
 class QueryRanks:
-    """The rank of the best positive of each query, for paired tests: ids (Q,) int64, ranks (Q,) int32."""
+    """What was found of each query of a direction, for paired tests.
+
+    ids (Q,) int64; images (Q,) int64, the image that each belongs to: a caption's, or itself; ranks (Q,) int32 of the
+    best positive. Where the benchmark reports them, average_precision (Q,), its AP@R, and r_precision (Q,), as float32
+    shares. Where it is an average over folds, fold (Q,) int8.
+    """
 
     ids: Integers
+    images: Integers
     ranks: NDArray[np.int32]
+    average_precision: NDArray[np.float32] | None = None
+    r_precision: NDArray[np.float32] | None = None
+    fold: NDArray[np.int8] | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The values of one benchmark, the protocol they were measured under, and ranks by direction."""
+    """The values of one benchmark, the protocol they were measured under, and each query's result by direction."""
 
     benchmark: str
     values: dict[str, float]
@@ -175,7 +184,7 @@ def measure(
             if kind == "cxc":
                 found.values |= metrics.recalls({direction: one.best for direction, one in ranked.items()})
             else:
-                found.values |= _precisions(ranked)
+                _add_precisions(found, ranked)
         if not found.ranks:
             found.ranks |= {direction: (one.positives.rows, one.best) for direction, one in ranked.items()}
         if kind == "cxc" and rated is not None:
@@ -193,17 +202,20 @@ class _Rated(NamedTuple):
 
 @dataclass
 class _Found:
-    """A benchmark in the making: ranks by direction as (rows, ranks)."""
+    """A benchmark in the making: by direction, ranks as (rows, ranks), and what else QueryRanks keeps."""
 
     values: dict[str, float]
     protocol: dict[str, Any]
     ranks: dict[str, tuple[Integers, Integers]]
+    more: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict)
 
     def outcome(self, name: str, encoded: Encoded, ties: Ties) -> Outcome:
         ranks = {}
         for direction, (rows, found) in self.ranks.items():
-            ids = encoded.image_ids if direction.startswith("i") else encoded.caption_ids
-            ranks[direction] = QueryRanks(ids[rows], found.astype(np.int32))
+            by_image = direction.startswith("i")
+            ids = (encoded.image_ids if by_image else encoded.caption_ids)[rows]
+            images = ids if by_image else encoded.image_ids[encoded.owners[rows]]
+            ranks[direction] = QueryRanks(ids, images, found.astype(np.int32), **self.more.get(direction, {}))
         return Outcome(name, self.values, encoded.protocol(ties, **self.protocol), ranks)
 
 
@@ -259,21 +271,25 @@ def _add_folds(found: _Found, ranked: Mapping[str, Ranked], sides: tuple[Integer
         inside = fold[one.positives.rows]
         for number in range(FOLDS):
             in_folds[number][direction] = one.best_in_fold[inside == number]
-        found.ranks[direction] = one.positives.rows[inside < FOLDS], one.best_in_fold[inside < FOLDS]
+        kept = inside < FOLDS
+        found.ranks[direction] = one.positives.rows[kept], one.best_in_fold[kept]
+        found.more[direction] = {"fold": inside[kept].astype(np.int8)}
     each = [metrics.best_rank_metrics(ranks) for ranks in in_folds]
     found.values.update({key: float(np.mean([values[key] for values in each])) for key in each[0]})
     size = int((sides[0] == 0).sum())
     found.protocol.update({"grouping": "own captions", "folds": FOLDS, "images_per_fold": size})
 
 
-def _precisions(ranked: Mapping[str, Ranked]) -> dict[str, float]:
+def _add_precisions(found: _Found, ranked: Mapping[str, Ranked]) -> None:
     """mAP@R, R-Precision and R@1 where all that is true counts, and not only what was written. The gallery is whole."""
-    values: dict[str, float] = {}
     for direction, one in ranked.items():
         assert one.every is not None, "all ranks were asked for"
-        precise = metrics.precisions(one.every, one.positives.row(), one.positives.relevant)
-        values |= {f"{direction}_{key}": value for key, value in precise.items()}
-    return values
+        precise = metrics.query_precisions(one.every, one.positives.row(), one.positives.relevant)
+        found.values |= {f"{direction}_{key}": value for key, value in precise.means().items()}
+        found.more[direction] = {
+            "average_precision": precise.average.astype(np.float32),
+            "r_precision": precise.precision.astype(np.float32),
+        }
 
 
 def _add_ratings(found: _Found, encoded: Encoded, given: _Rated, ties: Ties, device: torch.device | None) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from setwise.pipelines import data_verbs
+from setwise.pipelines import checkpoint_verbs, comparison_verbs, data_verbs, model_verbs, run_verbs
 from setwise.pipelines.terminal import (
     JsonOption,
     OnOption,
@@ -22,13 +22,15 @@ from setwise.pipelines.terminal import (
     Ref,
     StoreOption,
     emit,
+    offer,
     open_store,
     open_tracker,
     progress,
     results,
     say,
 )
-from setwise.platform.errors import INTERRUPTED, ConfigError, SetwiseError, TrialsFailedError
+from setwise.platform.errors import INTERRUPTED, ConfigError, SetwiseError
+from setwise.sweeps import verbs as sweep_verbs
 
 app = typer.Typer(
     name="setwise",
@@ -40,6 +42,13 @@ app = typer.Typer(
 config_app = typer.Typer(help="Recipes and studies: show, check and explain them.", no_args_is_help=True)
 app.add_typer(data_verbs.app, name="data")
 app.add_typer(config_app, name="config")
+app.add_typer(checkpoint_verbs.app, name="ckpt")
+app.command("compare")(comparison_verbs.compare)
+app.command("promote")(model_verbs.promote)
+app.command("rollback")(model_verbs.rollback)
+app.add_typer(model_verbs.app, name="models")
+app.add_typer(run_verbs.app, name="runs")
+app.add_typer(sweep_verbs.app, name="sweep")
 
 
 @app.command()
@@ -59,7 +68,8 @@ def doctor(as_json: JsonOption = False, store: StoreOption = None) -> None:
     """Versions, processors and stores: what is here and what is missing."""
     from setwise.pipelines import doctor as checks
 
-    found = checks.examine(open_store(store))
+    folder = open_store(store)
+    found = checks.examine(folder, open_tracker(folder))
     if as_json:
         emit({"checks": [check.__dict__ for check in found]})
     else:
@@ -122,6 +132,9 @@ def train(
     name: Annotated[
         str | None, typer.Option(help="name of the run [default: recipe and a hash of its settings]")
     ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="train it so many times, as NAME-seed0, NAME-seed1, ...")
+    ] = None,
     on: OnOption = None,
     store: StoreOption = None,
     dry_run: Annotated[
@@ -148,57 +161,23 @@ def train(
         return
     if on is not None:
         loaded = estimate.settled(loaded, on, folder)
-    plan = launch.plan(recipe, loaded, name, folder)
-    say(plan.describe())
+    planned = launch.plans(recipe, loaded, name, seeds, folder)
+    say(planned[0].describe() + (f"; {seeds} seeds" if seeds is not None else ""))
+    again = ["setwise train", recipe, *(overrides or []), *(["--on", on] if on is not None else [])]
+    again += ["--name", launch.title_of(planned)] + (["--seeds", str(seeds)] if seeds is not None else [])
     try:
-        run = launch.execute(plan, open_tracker(folder), say)
+        runs = launch.execute(planned, open_tracker(folder), say)
     except KeyboardInterrupt:
-        place = ["--on", on] if on is not None else []
-        again = " ".join(["setwise train", recipe, *(overrides or []), *place, "--name", plan.name])
-        say(f"interrupted; nothing is lost. To go on: {again}")
+        say(f"interrupted; nothing is lost. To go on: {' '.join(again)}")
         raise
-    best = references.best_value(run)
+    best = {run.name: references.best_value(run) for run in runs}
     if as_json:
-        emit({"run": plan.name, "folder": str(run.folder), "best": {"val/rsum": best}})
+        emit({"runs": [{"run": run.name, "folder": str(run.folder), "val/rsum": best[run.name]} for run in runs]})
     else:
-        results.print(f"{plan.name}: best val/rsum {best:.1f}\n{run.folder}", soft_wrap=True)
-    say(f"next: setwise eval {plan.name}    setwise promote {plan.name}    setwise ui")
-
-
-@app.command()
-def sweep(
-    study: Annotated[str, typer.Argument(help="study, by name or file")],
-    overrides: Overrides = None,
-    trials: Annotated[int | None, typer.Option(help="how many trials in all")] = None,
-    name: Annotated[str | None, typer.Option(help="name of the study [default: its file's]")] = None,
-    store: StoreOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be swept, and sweep nothing")] = False,
-) -> None:
-    """Run a study with Ray Tune and Optuna. The same command again goes on where it stopped."""
-    from setwise.sweeps import space
-
-    given = [*(overrides or []), *([f"trials={trials}"] if trials is not None else [])]
-    spec, base = space.load(study, given)
-    title = name or Path(study).stem
-    varied = ", ".join(spec.space)
-    say(f"study '{title}': {spec.trials} trials of {spec.recipe}, {base.train.epochs} epochs, over {varied}")
-    if dry_run:
-        return
-    from setwise.sweeps import report
-    from setwise.sweeps import run as sweeps
-
-    folder = open_store(store)
-    try:
-        outcome = sweeps.run_study(spec, base, title, folder, open_tracker(folder), say)
-    except KeyboardInterrupt:
-        again = " ".join(["setwise sweep", study, *given, "--name", title])
-        say(f"interrupted; nothing is lost. To go on: {again}")
-        raise
-    report.show_outcome(outcome, results)
-    say(f"next: setwise compare {title}    setwise eval best:{title}    setwise promote best:{title}")
-    if outcome.failed:
-        reasons = "; ".join(f"trial {number}: {reason}" for number, reason in outcome.failed.items())
-        raise TrialsFailedError(f"{len(outcome.failed)} trials failed: {reasons}")
+        for run in runs:
+            results.print(f"{run.name}: best val/rsum {best[run.name]:.1f}\n{run.folder}", soft_wrap=True)
+    title = launch.title_of(planned)
+    say(f"next: setwise eval {runs[0].name}    setwise compare {title} ...    setwise promote {title}    setwise ui")
 
 
 @app.command("eval")
@@ -235,52 +214,48 @@ def evaluate(
     outcomes = evaluation.evaluate(
         resolved, folder, names=names, ties=cast(Literal["pessimistic", "official"], ties), cxc=cxc, say=say
     )
-    for one in resolved:
-        if one.run is not None:
-            tracker.deliver(one.run)
     if as_json:
         emit({"reference": label, "benchmarks": [outcome.to_json() for outcome in outcomes]})
     else:
         for outcome in outcomes:
             results.print(tables.outcome(outcome))
+    offer(tracker, [one.run for one in resolved if one.run is not None])
 
 
 @app.command()
-def compare(
-    references: Annotated[list[str], typer.Argument(metavar="REF...", help="runs, or a study for all of its trials")],
-    store: StoreOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Runs beside each other: settings that differ, and what was measured."""
-    from setwise.pipelines import compare as comparison
-    from setwise.pipelines import tables
-    from setwise.pipelines.references import find_runs
-
-    folder = open_store(store)
-    compared = comparison.compare([run for text in references for run in find_runs(text, folder)])
-    if as_json:
-        emit(compared.to_json())
-    else:
-        results.print(tables.comparison(compared))
-
-
-@app.command()
-def promote(
+def gallery(
     reference: Ref,
+    versus: Annotated[
+        str | None, typer.Option("--vs", metavar="REF", help="another model: what it has right and REF wrong, and back")
+    ] = None,
+    queries: Annotated[
+        int, typer.Option(min=0, max=500, help="how many, half of them wrong and half of them captions")
+    ] = 24,
+    worst: Annotated[bool, typer.Option("--worst", help="wrong ones alone")] = False,
+    query: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT|IMAGE", help="one of your own, shown first; may be repeated")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(metavar="FILE", help="write the page here too")] = None,
     store: StoreOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="decide, and change nothing")] = False,
-    override: Annotated[str | None, typer.Option(help="promote whatever the gate says, for this reason")] = None,
 ) -> None:
-    """Make a run's best checkpoint the champion, if no benchmark says that it is worse."""
-    from setwise.pipelines import promote as promotion
+    """A page of what a model finds on the test split, failures first, and of what each of its slots sees."""
+    from setwise.pipelines import gallery as galleries
     from setwise.pipelines import references
 
     folder = open_store(store)
     tracker = open_tracker(folder)
     resolved = references.resolve(reference, folder, tracker)
-    say(f"evaluating {resolved.label} on the test split")
-    done = promotion.promote(resolved, folder, tracker, dry_run, override)
-    results.print(done.describe(resolved.label), soft_wrap=True)
+    other = references.resolve(versus, folder, tracker) if versus else None
+    if resolved.run is None and to is None:
+        raise ConfigError(f"{resolved.label} belongs to no run here, which would keep the page. Say where: --to FILE")
+    page = galleries.make(resolved, folder, versus=other, queries=queries, worst=worst, asked=query or (), say=say)
+    if to is not None:
+        galleries.write(page, to)
+    if resolved.run is not None:
+        kept = galleries.publish(page, resolved.run, other)
+        to = to or kept
+    results.print(str(to), soft_wrap=True)
+    offer(tracker, [one.run for one in (resolved, other) if one is not None and one.run is not None])
 
 
 @app.command()
@@ -317,7 +292,7 @@ def ui(
     """Open the MLflow pages on the store, on this machine only."""
     folder = open_store(store)
     tracker = open_tracker(folder)
-    say(f"MLflow on http://127.0.0.1:{port}, showing {tracker.uri}; Ctrl-C ends it")
+    say(f"MLflow on http://127.0.0.1:{port}, showing {tracker.address}; Ctrl-C ends it")
     arguments = ["--backend-store-uri", tracker.uri, "--default-artifact-root", tracker.artifacts.as_uri()]
     server = ["-m", "mlflow", "server", *arguments, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # nobody runs jobs through these pages

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from setwise.pipelines import datasets, prepare
-from setwise.platform.errors import DataError
+from setwise.pipelines import datasets, prepare, promotion_ledger, registry
+from setwise.platform.errors import DataError, UnreachableError
+from setwise.platform.tracking import Tracker
 
 MIN_FREE_GB = 5
 REQUIRED = ("ray", "torch", "torchvision", "mlflow", "optuna", "pyarrow", "safetensors", "pycocotools")
@@ -29,9 +30,12 @@ class Check:
     advice: str = ""
 
 
-def examine(store: Path) -> list[Check]:
-    """Look at Python, packages, processors, the store and the data; changes nothing but a probe file in the store."""
-    return [_python(), *_packages(), _torch(), _store(store), _ray(), *_data(store)]
+def examine(store: Path, tracker: Tracker) -> list[Check]:
+    """Look at Python, packages, processors, the store, the data and the registered models.
+
+    Changes nothing but a probe file in the store.
+    """
+    return [_python(), *_packages(), _torch(), _store(store), _ray(), *_data(store), *_models(tracker)]
 
 
 def _python() -> Check:
@@ -86,6 +90,41 @@ def _data(store: Path) -> list[Check]:
             checks.append(Check(f"data: {name}", True, prepare.open_prepared(name, store).describe()))
         except DataError:
             checks.append(Check(f"data: {name}", True, f"not prepared yet: setwise data prepare {name}"))
+    return checks
+
+
+def _models(tracker: Tracker) -> list[Check]:
+    """Whether each registered model has its champion where its ledger ends, and its champions their files."""
+    if tracker.uri.startswith("sqlite:///") and not Path(tracker.uri.removeprefix("sqlite:///")).is_file():
+        return [Check("tracking", True, f"{tracker.address}: nothing yet")]
+    checks = []
+    try:
+        names = registry.names(tracker)
+        checks.append(Check("tracking", True, tracker.address))
+        for name in names:
+            checks += _model(tracker, name)
+    except UnreachableError as error:
+        checks.append(Check("tracking", False, str(error).splitlines()[0], "start the server, or correct its address"))
+    return checks
+
+
+def _model(tracker: Tracker, name: str) -> list[Check]:
+    label = f"model: {name}"
+    try:
+        ledger = promotion_ledger.read(tracker, name)
+    except DataError as error:
+        return [Check(label, False, str(error), "restore MLflow's database from a copy")]
+    champion = registry.champion(tracker, name)
+    found = f"champion is version {champion.version}" if champion else "no champion"
+    problem = promotion_ledger.problem(ledger, champion)
+    said = problem or f"{found}; {len(ledger.entries)} entries in its ledger"
+    checks = [Check(label, problem is None, said, f"setwise models repair {name}" if problem else "")]
+    for number in sorted(ledger.former()):
+        advice = f"it cannot be served or gone back to; if it is the champion: setwise rollback {name}"
+        version = registry.version(tracker, name, number)
+        lack = "gone from the registry" if version is None else registry.missing_files(tracker, version)
+        if lack:
+            checks.append(Check(f"{label} version {number}", False, lack, advice))
     return checks
 
 

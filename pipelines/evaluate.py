@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors import numpy as arrays
@@ -20,10 +19,13 @@ from setwise.pipelines.references import Reference
 from setwise.pipelines.trained_model import TrainedModel
 from setwise.platform import config, storage
 from setwise.platform.errors import ConfigError, DataError
-from setwise.platform.run import Run
 from setwise.platform.outbox import Outbox
+from setwise.platform.run import Run
 
 Say = Callable[[str], None]
+NEEDED = {"ids", "images", "ranks"}
+"""What is kept of each query at least."""
+KNOWN = {one.name for one in fields(QueryRanks)}
 OFFICIAL = ".official_ties"
 """Ends the name under which a benchmark with the authors' order of ties is kept: beside the other, never over it."""
 
@@ -148,9 +150,9 @@ def record(run: Run, outcome: Outcome, measured_on: dict[str, Any], epoch: int) 
         if (content.get("weights"), content.get("data")) != (measured_on["weights"], measured_on["data"]):
             file.unlink(missing_ok=True)
             file.with_suffix(".safetensors").unlink(missing_ok=True)
-    tensors: dict[str, NDArray[np.integer]] = {}
+    tensors: dict[str, NDArray[Any]] = {}
     for direction, one in outcome.ranks.items():
-        tensors |= {f"{direction}.ids": one.ids, f"{direction}.ranks": one.ranks}
+        tensors |= {f"{direction}.{name}": values for name, values in vars(one).items() if values is not None}
     storage.write_bytes(run.evaluation / f"{outcome.benchmark}.safetensors", arrays.save(tensors))
     outbox = Outbox(run.events)
     values = {f"{outcome.benchmark}/{name}": value for name, value in outcome.values.items()}
@@ -160,7 +162,7 @@ def record(run: Run, outcome: Outcome, measured_on: dict[str, Any], epoch: int) 
 
 
 def recorded(run: Run) -> list[Outcome]:
-    """What was measured of a run before, without the ranks.
+    """What was measured of a run before, without what was found of each query; `with_queries` adds it.
 
     Raises:
         DataError: a file is damaged.
@@ -184,19 +186,33 @@ def _kept(file: Path) -> dict[str, Any] | None:
     return content if whole and all(isinstance(content.get(key), dict) for key in ("values", "protocol")) else None
 
 
-def ranks(run: Run, benchmark: str) -> dict[str, QueryRanks]:
-    """The ranks that were recorded with a benchmark, by direction.
+def with_queries(run: Run, outcome: Outcome) -> Outcome:
+    """An outcome as `recorded` gives it, with what was found of each query.
 
     Raises:
-        DataError: there are none, or the file is damaged.
+        DataError: see `ranks`.
+    """
+    return replace(outcome, ranks=ranks(run, outcome.benchmark))
+
+
+def ranks(run: Run, benchmark: str) -> dict[str, QueryRanks]:
+    """What was recorded of each query of a benchmark, by direction.
+
+    Raises:
+        DataError: there is nothing, the file is damaged, or an earlier version wrote it and kept less.
     """
     file = run.evaluation / f"{benchmark}.safetensors"
     try:
         tensors = arrays.load_file(file)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{file}: no ranks can be read ({error}); measure again: setwise eval {run.name}") from error
-    directions = [name.removesuffix(".ids") for name in tensors if name.endswith(".ids")]
-    return {one: QueryRanks(tensors[f"{one}.ids"], tensors[f"{one}.ranks"]) for one in directions}
+    found: dict[str, dict[str, NDArray[Any]]] = {}
+    for key, values in tensors.items():
+        direction, _, name = key.partition(".")
+        found.setdefault(direction, {})[name] = values
+    if not found or any(not NEEDED <= set(kept) <= KNOWN for kept in found.values()):
+        raise DataError(f"{file}: another version kept other things of a query; measure again: setwise eval {run.name}")
+    return {direction: QueryRanks(**kept) for direction, kept in found.items()}
 
 
 def _still_true(run: Run, benchmark: str, measured_on: dict[str, Any]) -> Outcome | None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from setwise.pipelines import batches, prepare, pretrained, records
 from setwise.pipelines.recipe import Recipe
-from setwise.platform import cluster, config, run, storage
+from setwise.platform import cluster, config, run, storage, system_metrics
 from setwise.platform.errors import ConfigError, DataError, DivergedError, SetwiseError, UnreachableError
+from setwise.platform.outbox import Reader
 from setwise.platform.run import Run
 from setwise.platform.tracking import Courier, Tracker
 
@@ -182,14 +183,12 @@ def train_with_ray(
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
-    told = 0
+    record = Reader(training.events)
     while True:
         alive = thread.is_alive()  # asked before reading: what came in between is read in the next turn
-        epochs = [event["values"] for event in run.read_events(training.events) if event.get("series") == "train"]
-        for values in epochs[told:]:
-            if on_epoch is not None:
-                on_epoch(values)
-        told = len(epochs)
+        for event in (event for events, _ in record.new() for event in events):
+            if on_epoch is not None and event.get("series") == "train":
+                on_epoch(event["values"])
         if not alive:
             break
         thread.join(POLL_S)
@@ -207,6 +206,13 @@ def _explained(error: BaseException, training: Run) -> BaseException:
     return error
 
 
+@contextlib.contextmanager
+def recording(training: Run) -> Iterator[None]:
+    """Be the one process that writes the record of `training`, and sample how busy the machine is."""
+    with run.writing(training), system_metrics.sampled(training):
+        yield
+
+
 def _ray_worker(settings: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
@@ -218,5 +224,5 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     recipe = Recipe.model_validate(settings["recipe"])
     training = Run(Path(settings["run"]))
-    with run.writing(training) if worker.rank == 0 else contextlib.nullcontext():
+    with recording(training) if worker.rank == 0 else contextlib.nullcontext():
         train(recipe, training, Path(settings["store"]), worker, ray.train.report)

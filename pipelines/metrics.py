@@ -9,7 +9,7 @@ Shape suffixes: I images, T captions, Q queries, G gallery items, P pairs of a q
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,8 +58,26 @@ def best_rank_metrics(ranks: Mapping[str, Ranks], ks: Sequence[int] = KS) -> dic
     return values | {"rsum": rsum}
 
 
+class QueryPrecisions(NamedTuple):
+    """Of each query (Q,), as shares: AP@R, R-Precision, and whether the first item is a positive."""
+
+    average: NDArray[np.float64]
+    precision: NDArray[np.float64]
+    first: NDArray[np.float64]
+
+    def means(self) -> dict[str, float]:
+        """`map_at_r`, `r_precision`, `R1`: the means, in percent."""
+        ends = ("map_at_r", "r_precision", "R1")
+        return {end: float(each_Q.mean() * 100) for end, each_Q in zip(ends, self, strict=True)}
+
+
 def precisions(ranks_P: Ranks, row_P: Integers, relevant_Q: Integers) -> dict[str, float]:
-    """mAP@R, R-Precision and R@1 where queries have many positives (Musgrave et al. 2020; ECCV Caption, 2022).
+    """mAP@R, R-Precision and R@1 in percent: the means of `query_precisions`, as `map_at_r`, `r_precision`, `R1`."""
+    return query_precisions(ranks_P, row_P, relevant_Q).means()
+
+
+def query_precisions(ranks_P: Ranks, row_P: Integers, relevant_Q: Integers) -> QueryPrecisions:
+    """AP@R, R-Precision and R@1 where queries have many positives (Musgrave et al. 2020; ECCV Caption, 2022).
 
     For a query with R positives, of which the j-th best has rank r_j: R-Precision is the share of the first R places
     that are positive; AP@R is the mean over R of j / r_j for r_j <= R.
@@ -68,9 +86,6 @@ def precisions(ranks_P: Ranks, row_P: Integers, relevant_Q: Integers) -> dict[st
         ranks_P: rank of each pair among all items; what is beyond R need not be exact.
         row_P: the query of each pair, 0 to Q-1, ascending.
         relevant_Q: R, the number of positives, those that the gallery does not hold included.
-
-    Returns:
-        `map_at_r`, `r_precision`, `R1` in percent.
 
     Raises:
         ValueError: there is no query.
@@ -83,12 +98,8 @@ def precisions(ranks_P: Ranks, row_P: Integers, relevant_Q: Integers) -> dict[st
     queries = len(relevant_Q)
     average_Q = np.bincount(row_P, np.where(hit_P, place_P / ranks_P, 0), queries) / relevant_Q
     precision_Q = np.bincount(row_P, hit_P, queries) / relevant_Q
-    first_Q = np.bincount(row_P, ranks_P == 1, queries)
-    return {
-        "map_at_r": float(average_Q.mean() * 100),
-        "r_precision": float(precision_Q.mean() * 100),
-        "R1": float(first_Q.mean() * 100),
-    }
+    first_Q = np.bincount(row_P, ranks_P == 1, queries).astype(np.float64)
+    return QueryPrecisions(average_Q, precision_Q, first_Q)
 
 
 def places(query_P: Integers, item_P: Integers, scores_P: Scores, ties: Ties) -> tuple[Integers, Integers]:

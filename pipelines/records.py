@@ -5,20 +5,22 @@ The record is the run's outbox; it reaches MLflow from there.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from setwise.pipelines import references
 from setwise.pipelines.prepare import Prepared
 from setwise.pipelines.recipe import Recipe
 from setwise.platform import checkpoint, config, run, storage
 from setwise.platform.errors import DataError
-from setwise.platform.run import Run
 from setwise.platform.outbox import Outbox
+from setwise.platform.run import Run
 
 
 def begin(outbox: Outbox, training: Run, recipe: Recipe, prepared: Prepared, start_tags: dict[str, str]) -> None:
     """Parameters, data, configuration, environment, commit and diff, and from which published weights it started
     (`start_tags`); once in the life of a run."""
-    if run.read_events(outbox.path):
+    if any(event["kind"] == "params" for event in run.read_events(outbox.path)):
         return
     identity = storage.read_json(training.folder / "run.json")
     flat = config.flatten(recipe)
@@ -27,6 +29,7 @@ def begin(outbox: Outbox, training: Run, recipe: Recipe, prepared: Prepared, sta
         "setwise.data": prepared.fingerprint,
         "mlflow.source.git.commit": str(identity["commit"]),
         "setwise.code_changed": str(identity["dirty"]),
+        **_place(training),
         **start_tags,
     }
     files = ("config.yaml", "environment.json", "run.json", "code.diff")
@@ -38,6 +41,18 @@ def begin(outbox: Outbox, training: Run, recipe: Recipe, prepared: Prepared, sta
     )
 
 
+def _place(training: Run) -> dict[str, str]:
+    """Tags that say to what a run belongs: runs that differ in nothing but their seed have one configuration; a child
+    belongs to a study, of which it is a trial if it is called `STUDY-007`."""
+    tags = {"setwise.configuration": references.configuration(training.name)}
+    if training.parent is not None:
+        study = training.parent.name
+        tags["setwise.study"] = study
+        if trial := re.fullmatch(re.escape(study) + r"-(\d{3,})", training.name):
+            tags["setwise.trial"] = str(int(trial[1]))
+    return tags
+
+
 def end(training: Run, status: str, reason: str | None = None) -> None:
     """The best checkpoint and how it ended: MLflow's FINISHED or FAILED, or PRUNED for a trial that was stopped early.
 
@@ -46,6 +61,7 @@ def end(training: Run, status: str, reason: str | None = None) -> None:
     if ended(training):
         return
     events: list[dict[str, Any]] = []
+    tags = {"setwise.status": status} | ({"setwise.reason": reason[:4000]} if reason else {})
     try:
         best = training.best_checkpoint()
     except DataError:
@@ -54,8 +70,8 @@ def end(training: Run, status: str, reason: str | None = None) -> None:
         files = training.folder / "best" / best.name
         checkpoint.copy_for_inference(best, files)
         path = str(files.relative_to(training.folder))
-        events.append({"kind": "artifact", "path": path, "into": f"checkpoints/{best.name}"})
-    tags = {"setwise.status": status} | ({"setwise.reason": reason[:4000]} if reason else {})
+        tags["setwise.best_checkpoint"] = f"checkpoints/{best.name}"
+        events.append({"kind": "artifact", "path": path, "into": tags["setwise.best_checkpoint"]})
     events.append({"kind": "tags", "values": tags})
     events.append({"kind": "status", "value": "FAILED" if status == "FAILED" else "FINISHED"})
     Outbox(training.events).append(*events)

@@ -1,10 +1,14 @@
-"""References: how a user names a checkpoint after training.
+"""References: how a user names a checkpoint after training, or a configuration with all of its seeds.
 
 a folder                  a checkpoint, or a run
 a run's name              or the beginning of it, or of its MLflow id, if only one run begins so
+a configuration's name    its seeds are the runs NAME-seed0, NAME-seed1, ...; a trial is one more seed of itself
 last                      the run that changed last
 best:STUDY                the best trial of a study
 models:/NAME@ALIAS        a registered version, or models:/NAME/3
+
+Where one checkpoint is wanted, a configuration stands for the run that has just its name, or else for the seed with the
+best validation value, and the label says so; where systems are compared, it stands for all of its seeds.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from setwise.platform.errors import ConfigError, DataError
 from setwise.platform.run import Run
 from setwise.platform.tracking import Tracker
 
+SEED = re.compile(r"-seed(\d+)$")
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -27,6 +33,11 @@ class Reference:
     label: str
     checkpoint: Path
     run: Run | None
+
+
+def configuration(name: str) -> str:
+    """The name that the seeds of one configuration share: that of a run, without -seedN."""
+    return SEED.sub("", name)
 
 
 def resolve(text: str, store: Path, tracker: Tracker) -> Reference:
@@ -45,8 +56,11 @@ def resolve(text: str, store: Path, tracker: Tracker) -> Reference:
         checkpoint.verify(Path(text))
         owner = Run(Path(text).resolve().parent.parent)
         return Reference(text, Path(text), owner if owner.config.is_file() else None)
-    found = find_run(text, store)
-    return Reference(found.name, found.best_checkpoint(), found)
+    seeds = find_seeds(text, store)
+    found = _one_of(seeds)
+    chosen = len(seeds) > 1 and found.name != configuration(found.name)
+    label = f"{found.name} (the best of {len(seeds)} seeds)" if chosen else found.name
+    return Reference(label, found.best_checkpoint(), found)
 
 
 def all_runs(store: Path) -> list[Run]:
@@ -60,27 +74,49 @@ def trials_of(study: str, store: Path) -> list[Run]:
     return sorted(runs, key=lambda run: int(run.name.rpartition("-")[2]))
 
 
+def seeds_of(text: str, store: Path) -> list[Run]:
+    """The runs of the configuration called `text`: the run of just this name, and then its NAME-seedN by their numbers;
+    none if there is neither."""
+    runs = [run for run in all_runs(store) if run.name == text or SEED.sub("", run.name) == text]
+    return sorted(runs, key=lambda run: int(seed[1]) if run.name != text and (seed := SEED.search(run.name)) else -1)
+
+
 def find_run(text: str, store: Path) -> Run:
-    """The run that `text` names.
+    """The one run that `text` names.
 
     Raises:
         ConfigError: no run, or several.
+    """
+    return _one_of(find_seeds(text, store))
+
+
+def find_seeds(text: str, store: Path) -> list[Run]:
+    """The runs of the one configuration that `text` names, one for each seed that it was trained with.
+
+    A study is named by best:STUDY; `last`, a folder and an MLflow id name one run.
+
+    Raises:
+        ConfigError: no run, or those of several configurations.
     """
     runs = all_runs(store)
     if not runs:
         raise ConfigError(f"there is no run in {store} yet. Begin with: setwise demo, or setwise train RECIPE")
     if text == "last":
-        return max(runs, key=lambda run: run.events.stat().st_mtime if run.events.is_file() else 0)
+        return [max(runs, key=lambda run: run.events.stat().st_mtime if run.events.is_file() else 0)]
     if text.startswith("best:"):
-        return best_of(text.removeprefix("best:"), store)
+        return seeds_of(best_of(text.removeprefix("best:"), store).name, store)
     if (Path(text) / "config.yaml").is_file():
-        return Run(Path(text).resolve())
-    exact = [run for run in runs if run.name == text]
+        return [Run(Path(text).resolve())]
+    if seeds := seeds_of(text, store):
+        return seeds
     begun = [run for run in runs if run.name.startswith(text) or _mlflow_id(run).startswith(text)]
-    if len(matches := exact or begun) == 1:
-        return matches[0]
-    if matches:
-        raise ConfigError(f"'{text}' begins several runs: {', '.join(run.name for run in matches[:8])}")
+    if len(begun) == 1:
+        return begun
+    names = {configuration(run.name) for run in begun}
+    if len(names) == 1 and all(run.name.startswith(text) for run in begun):
+        return seeds_of(names.pop(), store)
+    if begun:
+        raise ConfigError(f"'{text}' begins several runs: {', '.join(run.name for run in begun[:8])}")
     raise config.no_such("run", text, [run.name for run in runs])
 
 
@@ -90,12 +126,15 @@ def trial_run(name: str, number: int, store: Path) -> Run:
 
 
 def find_runs(text: str, store: Path) -> list[Run]:
-    """The trials of the study that `text` names, or else the one run."""
-    return trials_of(text, store) or [find_run(text, store)]
+    """All that `text` names: the trials of a study, or else the seeds of one configuration."""
+    return trials_of(text, store) or find_seeds(text, store)
 
 
 def best_of(study: str, store: Path) -> Run:
-    """The trial of a study whose best validation value is the highest.
+    """The best trial of a study by validation.
+
+    Once trials have been trained again with other seeds (`STUDY-007-seed1`), those alone are candidates, each with the
+    mean over its seeds: of many single values the highest is in part luck. Before that, it is the highest value.
 
     Raises:
         ConfigError: there is no such study.
@@ -105,17 +144,28 @@ def best_of(study: str, store: Path) -> Run:
     if not trials:
         known = sorted(path.name for path in (store / "studies").glob("*") if path.is_dir())
         raise config.no_such("study", study, known)
-    values = {run: best_value(run) for run in trials}
-    scored = {run: value for run, value in values.items() if value is not None}
-    if not scored:
+    values = {trial: [value] for trial in trials if (value := best_value(trial)) is not None}
+    if not values:
         raise DataError(f"no trial of study '{study}' has a checkpoint yet")
-    return max(scored, key=lambda run: scored[run])
+    by_name = {trial.name: found for trial, found in values.items()}
+    for run in all_runs(store):
+        first = by_name.get(configuration(run.name))
+        if first is not None and run.name not in by_name and (value := best_value(run)) is not None:
+            first.append(value)
+    confirmed = {trial: found for trial, found in values.items() if len(found) > 1} or values
+    return max(confirmed, key=lambda trial: sum(confirmed[trial]) / len(confirmed[trial]))
 
 
 def best_value(run: Run) -> float | None:
     """The best validation value of a run, None before its first epoch ends."""
     path = run.folder / "best.json"
     return float(storage.read_json(path)["value"]) if path.is_file() else None
+
+
+def _one_of(seeds: list[Run]) -> Run:
+    """Where one is wanted: the run that has the configuration's own name, or else the best by validation."""
+    own = [run for run in seeds if run.name == configuration(run.name)]
+    return own[0] if own else max(seeds, key=lambda run: -1 if (value := best_value(run)) is None else value)
 
 
 def _mlflow_id(run: Run) -> str:

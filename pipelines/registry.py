@@ -6,17 +6,22 @@ loaders run code from the files they load and are never called.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from setwise.platform import checkpoint, storage
+from setwise.platform import checkpoint, config, storage
 from setwise.platform.errors import ConfigError, DataError, UnreachableError
 from setwise.platform.tracking import Tracker
 
 CHAMPION = "champion"
 HASH_TAG = "setwise.manifest_sha256"
 RUN_TAG = "setwise.run"
+PREFIX = "setwise-"
+LEDGER_SUFFIX = ".ledger"
+"""Ends the name of what only points at the ledger of a model that was registered by somebody else."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,78 @@ class Version:
 
 
 def model_name(dataset: str) -> str:
-    return f"setwise-{dataset}"
+    return f"{PREFIX}{dataset}"
+
+
+def names(tracker: Tracker) -> list[str]:
+    """The registered models of ours."""
+    found, token = [], None
+    with reaching(tracker):
+        while True:
+            page = tracker.client.search_registered_models(f"name LIKE '{PREFIX}%'", page_token=token)
+            found += [model.name for model in page if not model.name.endswith(LEDGER_SUFFIX)]
+            token = page.token
+            if not token:
+                return sorted(found)
+
+
+def full_name(text: str, tracker: Tracker) -> str:
+    """The registered model that a user calls `setwise-digits` or `digits`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    name = text if text.startswith(PREFIX) else model_name(text)
+    if text.endswith(LEDGER_SUFFIX) or model_tags(tracker, name) is None:
+        raise config.no_such("registered model", name, names(tracker), ". Promote a run first: setwise promote REF")
+    return name
+
+
+@contextlib.contextmanager
+def reaching(tracker: Tracker) -> Iterator[None]:
+    """An error of MLflow in this block means that the store cannot be asked."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise UnreachableError(f"tracking store {tracker.address}: {error}") from error
+
+
+def _is_missing(error: Exception) -> bool:
+    return getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST" or "not found" in str(error)
+
+
+def model_tags(tracker: Tracker, name: str) -> dict[str, str] | None:
+    """The tags of a registered model, None if there is no such model."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return dict(tracker.client.get_registered_model(name).tags)
+    except MlflowException as error:
+        if not _is_missing(error):
+            raise UnreachableError(f"tracking store {tracker.address}: {error}") from error
+        return None
+
+
+def versions(tracker: Tracker, name: str) -> list[int]:
+    """The numbers of a model's versions, ascending."""
+    found, token = [], None
+    with reaching(tracker):
+        while True:
+            page = tracker.client.search_model_versions(f"name = '{name}'", page_token=token)
+            found += [int(one.version) for one in page]
+            token = page.token
+            if not token:
+                return sorted(found)
+
+
+def version(tracker: Tracker, name: str, number: int) -> Version | None:
+    """A version by its number, None if it is gone."""
+    try:
+        return find(tracker, f"models:/{name}/{number}")
+    except ConfigError:
+        return None
 
 
 def champion(tracker: Tracker, name: str) -> Version | None:
@@ -61,13 +137,27 @@ def find(tracker: Tracker, uri: str) -> Version:
                 raise ConfigError(f"'{uri}': write models:/NAME@ALIAS or models:/NAME/VERSION")
             found = tracker.client.get_model_version(name, number)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST" and "not found" not in str(error):
-            raise UnreachableError(f"tracking store {tracker.uri}: {error}") from error
+        if not _is_missing(error):
+            raise UnreachableError(f"tracking store {tracker.address}: {error}") from error
         raise ConfigError(
-            f"'{uri}' is not registered in {tracker.uri}. Promote a run first: setwise promote REF"
+            f"'{uri}' is not registered in {tracker.address}. Promote a run first: setwise promote REF"
         ) from error
     tags = dict(found.tags)
     return Version(name, int(found.version), tags.get(RUN_TAG, ""), found.source, tags.get(HASH_TAG, ""), tags)
+
+
+def missing_files(tracker: Tracker, version: Version) -> str:
+    """What is missing of a version's files where they are kept, as a sentence; empty if they are all there."""
+    import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
+
+    try:
+        there = mlflow.artifacts.list_artifacts(artifact_uri=version.source, tracking_uri=tracker.uri)
+    except (MlflowException, OSError) as error:
+        return f"its files in {version.source} cannot be listed ({error})"
+    found = {Path(one.path).name for one in there}
+    lacking = [name for name in (*checkpoint.INFERENCE_FILES, checkpoint.MANIFEST) if name not in found]
+    return f"{', '.join(lacking)} of its files in {version.source} are gone" if lacking else ""
 
 
 def download(tracker: Tracker, version: Version, store: Path) -> Path:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from setwise.pipelines import protocol
+from setwise.pipelines import protocol, statistics
 from setwise.pipelines.benchmarks import Outcome
-from setwise.pipelines.compare import VALIDATION, Comparison
+from setwise.pipelines.compare import ALPHA, RESAMPLES, VALIDATION, Cell, Comparison, SideBySide, System, Verdict
+from setwise.pipelines.evaluate import OFFICIAL
 from setwise.pipelines.metrics import KS
 from setwise.pipelines.prepare import Prepared
 from setwise.pipelines.search import Answer
@@ -26,6 +29,8 @@ COLUMNS = {
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image", "t2t": "text to text", "i2i": "image to image"}
 CORRELATIONS = {"sts": "text and text", "sis": "image and image", "sits": "image and text"}
 COMPARED = ("rsum", "t2i_map_at_r")
+MARKS: dict[Verdict, str] = {"better": "▲", "worse": "▼", "undecided": "≈"}
+FEW_SEEDS = 5
 
 
 def outcome(measured: Outcome) -> RenderableType:
@@ -69,12 +74,113 @@ def comparison(compared: Comparison) -> RenderableType:
         shown = [plain(row.settings[name]) for name in settings]
         numbers = [f"{row.values[name]:.1f}" if name in row.values else "" for name in values]
         table.add_row(row.name, row.status, str(row.epochs), *shown, *numbers)
-    left_out = [f"  {name}: {'; '.join(fields)}" for name, fields in compared.mixed.items()]
-    own = dict.fromkeys(field for fields in compared.own_similarity.values() for field in fields)
-    said = [f"each model is measured with its own similarity: {'; '.join(own)}"] if own else []
-    if left_out:
-        said += ["left out, since measured under protocols that differ:", *left_out]
+    said = _not_alike(compared)
     return Group(table, Text("\n".join(said))) if said else table
+
+
+def side_by_side(compared: SideBySide) -> RenderableType:
+    """Systems side by side, a row for each system on each metric, with what was decided beforehand above."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    for name in ("benchmark", "metric", "system"):
+        table.add_column(name, overflow="fold")
+    for name in ("seeds", "mean ± sd", "Δ", f"{statistics.CONFIDENCE:.0f} % interval", "p", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    before = ("", "")
+    for line in compared.lines:
+        place = (line.benchmark, metric_name(line.metric))
+        if place[0] != before[0]:
+            table.add_section()
+        shown = [place[0] if place[0] != before[0] else "", place[1]]
+        for cell in line.cells:
+            table.add_row(*shown, cell.system, seeds(compared, cell), *numbers(cell))
+            shown = ["", ""]
+        before = place
+    parts: list[RenderableType] = [Text("\n".join(heading(compared)))]
+    if compared.lines:
+        parts.append(table)
+    return Group(*parts, Text("\n".join(notes(compared))))
+
+
+def metric_name(metric: str) -> str:
+    """A metric as a person would say it."""
+    direction, _, end = metric.partition("_")
+    return f"{direction} {COLUMNS.get(end, end)}" if end else metric.upper()
+
+
+def seeds(compared: SideBySide, cell: Cell) -> str:
+    """How many of a system's seeds were measured."""
+    of = next(one for one in compared.systems if one.name == cell.system)
+    return f"{cell.seeds}/{len(of.runs)}"
+
+
+def numbers(cell: Cell) -> list[str]:
+    """Mean with deviation, difference, interval, p-value and mark; the last four are empty without a difference. Where
+    an interval is narrower than one point it gets a second decimal."""
+    spread = "" if cell.deviation is None else f" ± {cell.deviation:.1f}"
+    value = f"{cell.mean:.1f}{spread}"
+    if cell.difference is None or cell.corrected is None or cell.verdict is None:
+        return [value, "", "", "", ""]
+    one = cell.difference
+    p = "<.001" if cell.corrected < 0.001 else f"{cell.corrected:.3f}".removeprefix("0")
+    places = 1 if one.high - one.low >= 1 else 2
+    difference, low, high = (f"{number:+.{places}f}" for number in (one.value, one.low, one.high))
+    return [value, difference, f"[{low}, {high}]", p, MARKS[cell.verdict]]
+
+
+def heading(compared: SideBySide) -> list[str]:
+    """Which systems there are, under which protocols they were measured, and in which settings they differ."""
+    lines = [
+        f"{'baseline' if place == 0 else 'compared'} {_described(system)}"
+        for place, system in enumerate(compared.systems)
+    ]
+    for name, (words, fingerprints) in compared.protocols.items():
+        lines.append(f"{name}: {words}; protocol {' | '.join(fingerprints)}")
+    for name, values in compared.settings.items():
+        lines.append(f"{name}: {' | '.join(map(plain, values))}")
+    return lines
+
+
+def notes(compared: SideBySide) -> list[str]:
+    """How to read the differences, and what is not in the table and why."""
+    lines = []
+    if compared.tests:
+        lines = [
+            f"Δ: minus {compared.systems[0].name}, means over seeds; its interval from {RESAMPLES:,} paired bootstrap "
+            "resamples of images, each with all its captions, and of seeds where a system has several.",
+            f"p: corrected for all {compared.tests} differences (Holm). At p < {ALPHA}: {MARKS['better']} better, "
+            f"{MARKS['worse']} worse, {MARKS['undecided']} nothing shown.",
+        ]
+        counted = {cell.seeds for line in compared.lines for cell in line.cells}
+        if 1 in counted:
+            lines.append("Of one seed the interval says nothing about what another seed would give.")
+        if counted & set(range(2, FEW_SEEDS)):
+            lines.append("Fewer than five seeds tell only roughly how much seeds differ.")
+    lines += [f"the runs of {name} differ in {', '.join(found)}" for name, found in compared.uneven.items()]
+    if compared.unfinished:
+        lines.append(f"not finished: {', '.join(compared.unfinished)}")
+    for name, lacking in compared.unmeasured.items():
+        ties = " --ties official" if lacking and all(one.endswith(OFFICIAL) for one in lacking) else ""
+        lines.append(f"not measured of {name}: {', '.join(lacking) or 'anything'}. Do so: setwise eval {name}{ties}")
+    return lines + _not_alike(compared)
+
+
+def _described(system: System) -> str:
+    names = ", ".join(run.name for run in system.runs)
+    said = system.name if names == system.name else f"{system.name} ({names})"
+    if not system.validation:
+        return said
+    values = np.array(system.validation)
+    spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{said}, {VALIDATION} {values.mean():.1f}{spread}"
+
+
+def _not_alike(compared: Comparison | SideBySide) -> list[str]:
+    """What was left out since it cannot be compared, and what stayed although similarities differ."""
+    own = dict.fromkeys(field for fields in compared.own_similarity.values() for field in fields)
+    lines = [f"each model is measured with its own similarity: {'; '.join(own)}"] if own else []
+    if compared.mixed:
+        lines.append("left out, since measured under protocols that differ:")
+    return lines + [f"  {name}: {'; '.join(fields)}" for name, fields in compared.mixed.items()]
 
 
 def answer(query: str, found: Answer) -> RenderableType:

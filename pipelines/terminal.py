@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from setwise.platform.run import Run
     from setwise.platform.tracking import Tracker
 
 PIPED_WIDTH = 200  # characters, where a table goes to a file or another program
@@ -48,3 +50,12 @@ def open_tracker(store: Path) -> Tracker:
     from setwise.platform.tracking import Tracker
 
     return Tracker(store)
+
+
+def offer(tracker: Tracker, runs: Sequence[Run]) -> None:
+    """Deliver what is new in the records of `runs`; where the store is away, say how to do it later."""
+    from setwise.platform.tracking import Courier
+
+    with Courier(tracker) as courier:
+        for run in runs:
+            courier.add(run)

@@ -16,16 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from setwise.models.batch_loss import LossParts, batch_loss
-from setwise.pipelines import batches, optimizer, prepare, pretrained, query_ranks, records, trained_model, workers
+from setwise.pipelines import (
+    batches,
+    lineage,
+    optimizer,
+    prepare,
+    pretrained,
+    query_ranks,
+    records,
+    trained_model,
+    workers,
+)
 from setwise.pipelines.batches import Share, Split
 from setwise.pipelines.ranking import Member
 from setwise.pipelines.recipe import Recipe
+from setwise.pipelines.set_health import set_health
 from setwise.pipelines.trained_model import Retrieval
 from setwise.pipelines.workers import Worker
 from setwise.platform import checkpoint, seeding, storage
 from setwise.platform.errors import DataError, DivergedError
-from setwise.platform.run import Run
 from setwise.platform.outbox import Outbox
+from setwise.platform.run import Run
 
 Report = Callable[[dict[str, float]], None]
 METRIC = "val/rsum"
@@ -120,6 +131,7 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
             config.drop_last,
             config.loader_threads,
         )
+        epoch_started = time.monotonic()
         with contextlib.closing(shares):  # whatever is made ahead ends with the loop
             for number, share in enumerate(shares):
                 step = (epoch - 1) * steps_per_epoch + number
@@ -139,13 +151,16 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
                 counted = {**parts._asdict(), "gradient_norm": torch.where(updated, norm, 0.0), "updates": updated}
                 for name, value in counted.items():
                     sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
-        _stop_at(failure, steps_per_epoch)
+        _stop_at(failure, steps_per_epoch)  # which waits for a GPU, so that the clock is read after its last step
+        epoch_seconds = time.monotonic() - epoch_started
 
         # The epoch's end: validate, checkpoint, then tell; in this order, so that what was told can be found again.
         values = {"epoch": float(epoch), "train/lr": rate}
         updates = float(sums.pop("updates"))
         values |= {f"train/{name}": float(value) / steps_per_epoch for name, value in sums.items()}
         values["train/gradient_norm"] *= steps_per_epoch / max(updates, 1)
+        images_seen = min(steps_per_epoch * config.batch_size, len(training))
+        values["train/images_per_second"] = images_seen / epoch_seconds
         if worker.rank == 0:
             values |= validate(retrieval, validation, config.eval_batch_size, device, config.loader_threads)
         values["train/seconds"] = seconds_before + time.monotonic() - started
@@ -200,7 +215,9 @@ def update(
 def validate(
     retrieval: Retrieval, split: Split, batch_size: int, device: torch.device, threads: int = 0
 ) -> dict[str, float]:
-    """R@K and RSUM on the validation split, as `val/...`; draws no random number.
+    """R@K and RSUM on the validation split, as `val/...`, and the health of its sets, as `sets/...`.
+
+    Draws no random number.
 
     Raises:
         DivergedError: an embedding is not finite.
@@ -209,7 +226,8 @@ def validate(
     members = [Member(sets.image_sets, sets.text_sets, retrieval.similarity)]
     query_ranks.check_finite(members, "validation")
     values = query_ranks.own_metrics(members, sets.owners.numpy(), device)
-    return {f"val/{name}": value for name, value in values.items()}
+    health = set_health(sets.image_sets, sets.text_sets, sets.owners)
+    return {f"val/{name}": value for name, value in values.items()} | health
 
 
 def _name(epoch: int) -> str:
@@ -220,8 +238,9 @@ def _metadata(
     recipe: Recipe, words: tuple[str, ...], data: dict[str, Any], run: Run, history: list[dict[str, float]]
 ) -> dict[str, Any]:
     return {
-        "schema": 2,
+        "schema": 3,
         "run": run.name,
+        "lineage": lineage.of(run, recipe),
         "epoch": len(history),
         "recipe": recipe.model_dump(mode="json"),
         "vocabulary": words,

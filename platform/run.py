@@ -174,12 +174,15 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
-    events: list[dict[str, Any]] = []
-    for line in data.split(b"\n"):
-        try:
-            written_at_once = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(written_at_once, list):
-            events += [event for event in written_at_once if isinstance(event, dict)]
-    return events
+    return [event for line in data.split(b"\n") for event in parse_events(line) or []]
+
+
+def parse_events(line: bytes) -> list[dict[str, Any]] | None:
+    """The events of a line; None if it is not a whole one. No beginning of a JSON list is one itself."""
+    try:
+        written_at_once = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(written_at_once, list):
+        return None
+    return [event for event in written_at_once if isinstance(event, dict)]

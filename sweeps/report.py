@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.table import Table
 from setwise.pipelines import references
 from setwise.pipelines.tables import plain
 from setwise.platform.run import Run
+from setwise.sweeps import candidates
 
 if TYPE_CHECKING:
     import optuna
@@ -115,11 +117,16 @@ class Importance:
     epoch: int
     reason: str = ""
 
+    @property
+    def few(self) -> bool:
+        """Whether it is no more than a hint."""
+        return self.trials < FEW_TRIALS
+
     def sentence(self) -> str:
         if not self.shares:
             return f"What mattered cannot be said: {self.reason}."
         listed = ", ".join(f"{short(name)} {share:.0%}" for name, share in self.shares.items())
-        rough = ", which is few: take it as a hint" if self.trials < FEW_TRIALS else ""
+        rough = ", which is few: take it as a hint" if self.few else ""
         when = f"at epoch {self.epoch}" if self.epoch else "at the end"
         return f"What mattered (PED-ANOVA {when} over {self.trials} trials{rough}): {listed}."
 
@@ -160,45 +167,58 @@ def outcome_of(
     }
     complete, pruned, running = (states.count(state) for state in ("COMPLETE", "PRUNED", "RUNNING"))
     best = references.best_of(name, store) if complete + pruned else None
-    front: tuple[Point, ...] = ()
-    if len(spec.objectives) > 1:
-        front = tuple(
-            Point(
-                references.trial_run(name, trial.number, store).name,
-                dict(zip(spec.objectives, trial.values, strict=True)),
-            )
-            for trial in study.best_trials
+    return Outcome(
+        name, complete, pruned, failed, best, importance(study), running, stopped, front_of(study, spec, name)
+    )
+
+
+def front_of(study: optuna.Study, spec: Study, name: str) -> tuple[Point, ...]:
+    """The Pareto front of a study with several objectives, by trial number."""
+    if len(spec.objectives) == 1:
+        return ()
+    trials = sorted(study.best_trials, key=lambda trial: trial.number)
+    return tuple(
+        Point(
+            references.trial_run(name, trial.number, Path()).name, dict(zip(spec.objectives, trial.values, strict=True))
         )
-    return Outcome(name, complete, pruned, failed, best, importance(study), running, stopped, front)
+        for trial in trials
+    )
 
 
 def importance(study: optuna.Study) -> Importance:
     """Importance of each setting for the validation RSUM at the last epoch that all trials reached.
 
     At that epoch pruned and complete trials can be compared; over the complete ones alone there would be fewer, and
-    only good ones.
+    only good ones. Failed and unfinished ones say where they stopped and not how good they are.
     """
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+    from optuna.study import StudyDirection
+    from optuna.trial import TrialState
 
-    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.intermediate_values or trial.values]
+    ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    trials = [trial for trial in ended if trial.intermediate_values or trial.values]
     if len(trials) < MIN_TRIALS_FOR_IMPORTANCE:
         reason = f"it takes {MIN_TRIALS_FOR_IMPORTANCE} trials, there are {len(trials)}"
         return Importance({}, len(trials), 0, reason)
     if all(trial.intermediate_values for trial in trials):
         epoch = min(max(trial.intermediate_values) for trial in trials)
         values = [trial.intermediate_values[epoch] for trial in trials]
-    else:  # of several objectives, Optuna keeps the last values alone; the first is the RSUM
+    else:  # of several objectives, Optuna keeps the last values alone; RSUM is the one of which more is better
         epoch = 0
-        values = [trial.values[0] for trial in trials]
+        rsum = study.directions.index(StudyDirection.MAXIMIZE)
+        values = [trial.values[rsum] for trial in trials]
     if len(set(values)) == 1:
         return Importance({}, len(trials), epoch, "all trials have the same value")
     at_epoch = optuna.create_study(direction="maximize")
     for trial, value in zip(trials, values, strict=True):
         params, distributions = trial.params, trial.distributions
         at_epoch.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=value))
-    shares = get_param_importances(at_epoch, evaluator=PedAnovaImportanceEvaluator())
-    return Importance(dict(shares), len(trials), epoch)
+    with warnings.catch_warnings():  # that trials are few, our sentence says
+        warnings.simplefilter("ignore")
+        shares = get_param_importances(at_epoch, evaluator=PedAnovaImportanceEvaluator())
+    in_order = sorted(shares.items(), key=lambda share: (-share[1], share[0]))
+    return Importance(dict(in_order), len(trials), epoch)
 
 
 def show_outcome(outcome: Outcome, results: Console) -> None:
@@ -213,7 +233,17 @@ def show_outcome(outcome: Outcome, results: Console) -> None:
             shown = ", ".join(f"{objective} {value:.4g}" for objective, value in point.values.items())
             results.print(f"  {point.run}: {shown}", soft_wrap=True)
     if outcome.best is not None:
-        results.print(
-            f"best trial: {outcome.best.name}, val RSUM {references.best_value(outcome.best):.1f}", soft_wrap=True
-        )
+        seeds = references.seeds_of(outcome.best.name, outcome.best.folder.parents[1])
+        best = candidates.of_trial(outcome.best, [run for run in seeds if run != outcome.best])
+        results.print(f"best trial: {best.trial}, val RSUM {best.in_words()}", soft_wrap=True)
+        if len(best.values) == 1:
+            results.print(to_confirm(outcome.name), soft_wrap=True)
     results.print(outcome.importance.sentence(), soft_wrap=True)
+
+
+def to_confirm(study: str) -> str:
+    """What is to be done before a trial with one seed is called the best."""
+    return (
+        "One seed each: the highest of many is in part luck. "
+        f"Confirm it: setwise sweep analyze {study} --confirm 3 --seeds 3"
+    )

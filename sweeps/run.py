@@ -49,8 +49,10 @@ def run_study(
         LeaseHeldError: another process runs this study.
         UnreachableError: the study's database, or the cluster, does not answer.
     """
+    from setwise.sweeps import population
     from setwise.sweeps import study as studies
 
+    base = population.fitted(spec, base)
     folder = store / "studies" / run.check_name(name)
     prepared = prepare.open_prepared(base.data.name, store)
     pretrained.locate(base, store / "weights")
@@ -115,6 +117,7 @@ def _tune(
     """Work off what the study lacks; `failures` gets why trials failed. Returns why it stopped before that, if so."""
     from ray import tune
 
+    from setwise.sweeps import population
     from setwise.sweeps import study as studies
     from setwise.sweeps.watch import Watch
 
@@ -129,13 +132,19 @@ def _tune(
     watch = Watch(table, courier, name, store, limits)
     tuner = tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(train_trial, settings=settings_of(name, base, store, spec.objectives)), resources
+            tune.with_parameters(
+                train_trial,
+                settings=settings_of(name, base, store, spec.objectives, population=spec.population is not None),
+            ),
+            resources,
         ),
         tune_config=tune.TuneConfig(
             search_alg=studies.StudySearch(study, spec, config.flatten(base), base.train.epochs),
-            scheduler=studies.make_scheduler(spec.pruning, study, base.train.epochs),
+            scheduler=population.make_scheduler(spec, study, store / "studies" / name, base.train.epochs)
+            or studies.make_scheduler(spec.pruning, study, base.train.epochs),
             num_samples=max(spec.trials - len(done), len(studies.left_running(study))),
-            max_concurrent_trials=at_once,
+            # A population is there as a whole, and its trials take turns.
+            max_concurrent_trials=spec.trials if spec.population is not None else at_once,
             reuse_actors=base.train.workers == 1,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,13 +107,15 @@ def make_sampler(study: Study) -> optuna.samplers.BaseSampler:
     if study.sampler != "tpe" or study.population is not None:  # all of a grid is enqueued
         return optuna.samplers.RandomSampler(seed=study.seed)
     conditional = any(domain.when is not None for domain in study.space.values())
-    return optuna.samplers.TPESampler(
-        seed=study.seed,
-        n_startup_trials=study.startup_trials,
-        multivariate=True,
-        group=conditional,
-        constant_liar=True,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of groups, and of several at a time
+        return optuna.samplers.TPESampler(
+            seed=study.seed,
+            n_startup_trials=study.startup_trials,
+            multivariate=True,
+            group=conditional,
+            constant_liar=True,
+        )
 
 
 def draw(trial: Trial, study: Study, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +146,7 @@ def left_running(study: optuna.Study) -> list[FrozenTrial]:
 
 def value_of(trial: FrozenTrial) -> float | None:
     """The best RSUM of a trial so far."""
-    if trial.intermediate_values:
+    if trial.intermediate_values and trial.state != TrialState.COMPLETE:  # else its value, which may be from a copy
         return float(max(trial.intermediate_values.values()))
     return float(trial.values[0]) if trial.values else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from setwise.pipelines import references
 from setwise.pipelines.recipe import Recipe
@@ -20,13 +20,17 @@ from setwise.platform.outbox import Outbox
 from setwise.platform.run import Run
 from setwise.sweeps.space import with_values
 
+if TYPE_CHECKING:
+    from setwise.sweeps.population import Copy
+
 MAX_REASON = 600
 
 
-def settings_of(study: str, base: Recipe, store: Path, objectives: tuple[str, ...]) -> dict[str, Any]:
+def settings_of(study: str, base: Recipe, store: Path, objectives: tuple[str, ...], population: bool) -> dict[str, Any]:
     """What all trials of a study share, as plain values."""
     recipe = base.model_dump(mode="json")
-    return {"study": study, "recipe": recipe, "store": str(store), "objectives": objectives}
+    shared = {"study": study, "recipe": recipe, "store": str(store), "objectives": objectives}
+    return shared | {"population": population}
 
 
 def train_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -46,6 +50,11 @@ def train_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
         training = Run(training.folder.with_name(f"{training.name}-seed{seed}"))
         values = {**values, "train.seed": seed}
     objectives: dict[str, float] = {}
+    course = None
+    if settings["population"] and seed is None:
+        from setwise.sweeps import population
+
+        course = population.course_of(store / "studies" / settings["study"], config[NUMBER])
 
     def report(told: dict[str, float]) -> None:
         from setwise.pipelines.train import METRIC as VALIDATION
@@ -53,25 +62,35 @@ def train_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
         if costs := {key: value for key, value in objectives.items() if key != BEST}:
             Outbox(training.events).metrics(0, {f"cost/{key}": value for key, value in costs.items()}, series="cost")
         objectives[BEST] = max(objectives.get(BEST, -math.inf), told[VALIDATION])
-        tune.report({TIME: int(told["epoch"]), METRIC: told[VALIDATION], **objectives, **number})
+        result = {TIME: int(told["epoch"]), METRIC: told[VALIDATION], **objectives, **number}
+        if course is None:
+            tune.report(result)
+        elif result[TIME] > course.decided:  # what was before, the driver was told
+            with population.pointer(training, result[TIME]) as checkpoint:
+                tune.report(result, checkpoint=checkpoint)
 
     try:
         recipe = with_values(Recipe.model_validate(settings["recipe"]), values)
         parent = Run(store / "studies" / settings["study"])
-        run.create(store / "runs", training.name, configuration.to_yaml(recipe), settings["study"], parent)
+        copy = course.copy if course is not None else None
+        if copy is None:  # else it has a run, whose configuration stays the one it began with
+            run.create(store / "runs", training.name, configuration.to_yaml(recipe), settings["study"], parent)
         objectives |= _costs(training, recipe, store, tuple(settings["objectives"]))
-        _train(recipe, training, store, report)
+        _train(recipe, training, store, report, copy)
     except Exception as error:
         nothing = dict.fromkeys(settings["objectives"], math.nan)
         tune.report({TIME: 0, METRIC: math.nan, **nothing, **number, FAILURE: _reason(error, training)})
 
 
-def _train(recipe: Recipe, training: Run, store: Path, report: Any) -> None:
+def _train(recipe: Recipe, training: Run, store: Path, report: Any, copy: Copy | None) -> None:
     from setwise.pipelines import launch, train, trained_model
     from setwise.pipelines.workers import Worker
+    from setwise.sweeps import population
 
     if recipe.train.workers == 1:
-        with run.writing(training):
+        with launch.recording(training):
+            if copy is not None:
+                population.take_over(training, references.trial_run(training.experiment, copy.donor, store), copy)
             train.train(recipe, training, store, Worker(device=trained_model.default_device()), report)
     else:
         launch.train_with_ray(recipe, training, store, on_epoch=report)

@@ -134,6 +134,51 @@ def stop(name: Name, store: StoreOption = None) -> None:
 
 
 @app.command()
+def analyze(
+    name: Name,
+    confirm: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="first train the best N trials again with other seeds")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=2, help="with --confirm: seeds of each, the trial's own included")] = 3,
+    to: Annotated[Path | None, typer.Option(help="write a copy of the page to this file")] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a study found: importance, best trials, failures, and a page of plots, which is logged to its run too."""
+    from setwise.platform import storage
+    from setwise.platform.tracking import Courier
+    from setwise.sweeps import analysis
+    from setwise.sweeps import study as studies
+
+    folder = open_store(store)
+    tracker = open_tracker(folder)
+    spec = analysis.recorded(name, folder).spec
+    failed: dict[str, str] = {}
+    if confirm is not None:
+        from setwise.sweeps import confirm as confirmation
+
+        try:
+            failed = confirmation.confirm(name, folder, tracker, say, confirm, seeds)
+        except KeyboardInterrupt:
+            say("interrupted; nothing is lost, and the same command goes on")
+            raise
+    found = analysis.of(studies.load(folder / "studies" / name, name), spec, name, folder)
+    page = analysis.publish(found, folder)
+    if to is not None:
+        storage.write_bytes(to, page.read_bytes())
+    with Courier(tracker) as courier:
+        courier.add(analysis.parent(name, folder))
+    if as_json:
+        emit({**found.to_json(), "page": str(page)})
+    else:
+        results.print(found.table())
+    say(f"the page: {to or page}")
+    if failed:
+        reasons = "; ".join(f"{run}: {reason}" for run, reason in failed.items())
+        raise TrialsFailedError(f"{len(failed)} trainings with other seeds failed: {reasons}")
+
+
+@app.command()
 def dashboard(
     name: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="a study; not needed with a database")] = None,
     port: Annotated[int, typer.Option(help="port on this machine")] = 8080,

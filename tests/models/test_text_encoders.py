@@ -305,6 +305,21 @@ def test_bert_computes_in_half_precision(training: bool) -> None:
     assert 0 < error < 0.05
 
 
+@pytest.mark.parametrize("settings", EVERY_BIGRU, ids=lambda s: "-".join(s.values()))
+def test_an_exported_gru_reads_without_packing_and_gives_the_same(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, (tokens, lengths) = bigru(**settings), (WIDER, LENGTHS)
+    packed = net(tokens, lengths)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    monkeypatch.setattr(net, "_read_packed", None)
+    for expected, result in zip(packed, net(tokens, lengths), strict=True):
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-14)
+    single = net(tokens[:1, :1], torch.tensor([1])).pooled
+    monkeypatch.undo()
+    torch.testing.assert_close(single, net(tokens[:1, :1], torch.tensor([1])).pooled, rtol=0, atol=1e-14)
+
+
 def test_a_caption_without_words_is_refused() -> None:
     with pytest.raises(RuntimeError, match="greater than 0"):
         bigru()(TOKENS, torch.tensor([0, 6, 4]))

@@ -22,6 +22,7 @@ from setwise.platform.errors import DataError
 
 CXC = Path(__file__).parent.parent / "golden" / "cxc"
 NOWHERE = Path("nowhere")
+PRECISIONS = ("average_precision", "r_precision")
 
 
 def member(images: int, captions: int, seed: int = 0, **similarity: Any) -> Member:
@@ -66,6 +67,8 @@ def test_the_whole_split_is_measured_as_from_its_matrix(seed: int, members: int)
     expected = metrics.ranks_of_best_positive(scores(split).T, own(split).T)
     assert measured.ranks["t2i"].ranks.tolist() == expected.tolist()
     assert measured.ranks["t2i"].ranks.dtype == np.int32
+    assert measured.ranks["i2t"].images.tolist() == split.image_ids.tolist()
+    assert measured.ranks["t2i"].images.tolist() == split.image_ids[split.owners].tolist()
     assert measured.protocol["members"] == members
 
 
@@ -83,6 +86,10 @@ def test_five_folds_are_consecutive_and_averaged(seed: int) -> None:
     assert (measured.protocol["folds"], measured.protocol["images_per_fold"]) == (5, 4)
     assert measured.ranks["i2t"].ids.tolist() == split.image_ids[:20].tolist()
     assert max(measured.ranks["t2i"].ranks) <= 4
+    for direction, found in measured.ranks.items():
+        assert found.fold is not None and found.fold.tolist() == ((found.images - 100) // 4).tolist()
+        shares = [np.mean(found.ranks[found.fold == number] <= 1) for number in range(5)]
+        assert measured.values[f"{direction}_R1"] == pytest.approx(100 * np.mean(shares))
 
 
 def test_a_fold_has_a_thousand_images_at_most() -> None:
@@ -117,6 +124,13 @@ def test_extended_positives_are_looked_up_by_id(tmp_path: Path) -> None:
     assert measured.protocol["queries"] == {"i2t": 1, "t2i": 2}
     assert measured.protocol["queries_named"] == {"i2t": 2, "t2i": 2}
     assert measured.ranks["t2i"].ids.tolist() == [80, 81]
+    assert measured.ranks["t2i"].images.tolist() == [8, 8]
+    kept = {end: [getattr(measured.ranks[d], end).tolist() for d in ("i2t", "t2i")] for end in PRECISIONS}
+    assert kept == {
+        "average_precision": [pytest.approx([(1 + 2 / 3) / 3]), [0, 1]],
+        "r_precision": [pytest.approx([2 / 3]), [0, 1]],
+    }
+    assert measured.ranks["i2t"].r_precision.dtype == np.float32  # type: ignore[union-attr]
     (tmp_path / "image_to_caption.json").write_text('{"7": ["many"]}')
     with pytest.raises(DataError, match=r"image_to_caption\.json: expected"):
         one("x_extended", "extended", small, extended=tmp_path)
@@ -167,6 +181,9 @@ def test_coco_benchmarks_take_one_pass_and_cxc_one_more_for_each_side_by_itself(
     assert passes == [(120, 600), (120, 600), (600, 600), (120, 120)]
     assert {name: whole.values[name] for name in measured["cxc"].values} == measured["cxc"].values
     assert set(whole.ranks) == {"i2t", "t2i", "t2t", "i2i"}
+    image_of = dict(zip(split.caption_ids.tolist(), split.image_ids[split.owners].tolist(), strict=True))
+    assert whole.ranks["t2t"].images.tolist() == [image_of[one] for one in whole.ranks["t2t"].ids.tolist()]
+    assert whole.ranks["i2i"].images.tolist() == whole.ranks["i2i"].ids.tolist()
     assert {"t2t_R1", "i2i_R10", "sts_spearman", "sis_spearman_std", "sits_spearman"} <= set(whole.values)
     differences = protocol.describe_difference(measured["cxc"].protocol, whole.protocol)
     assert any(difference.startswith("truth.sts: - | ") for difference in differences)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors import numpy as arrays
 
 from setwise.models.retriever import SetRetriever
 from setwise.pipelines import (
@@ -95,6 +96,12 @@ def test_each_image_is_encoded_once_and_what_is_recorded_is_not_measured_again(
     kept = evaluate.ranks(reference.run, "digits_5k")["t2i"]
     assert kept.ranks.dtype == np.int32 and len(kept.ids) == 250
     assert np.floor(np.median(kept.ranks)) == first[1].values["t2i_median_rank"]
+    (extended,) = [one for one in evaluate.recorded(reference.run) if one.benchmark == "digits_extended"]
+    with_queries = evaluate.with_queries(reference.run, extended)
+    for direction, found in with_queries.ranks.items():
+        for name, kept_of in (("map_at_r", found.average_precision), ("r_precision", found.r_precision)):
+            assert kept_of is not None and kept_of.dtype == np.float32
+            assert 100 * kept_of.mean() == pytest.approx(extended.values[f"{direction}_{name}"], rel=1e-5)
 
 
 def test_a_benchmark_that_is_missing_or_damaged_is_measured_alone(place: Path, tiny_recipe: Recipe) -> None:
@@ -151,6 +158,21 @@ def test_a_record_of_an_earlier_version_is_shown_and_measured_again(place: Path,
     assert evaluate.recorded(reference.run)[0].values == {"rsum": 1.0}
     assert evaluate.evaluate([reference], place, names=["digits_5k"])[0].values == new.values
     assert storage.read_json(file)["ties"] == "pessimistic"
+
+
+def test_what_another_version_kept_of_each_query_is_measured_again(place: Path, tiny_recipe: Recipe) -> None:
+    reference = untrained(place, tiny_recipe, "one")
+    assert reference.run is not None
+    (new,) = evaluate.evaluate([reference], place, names=["digits_5k"])
+    file = reference.run.evaluation / "digits_5k.safetensors"
+    tensors = arrays.load_file(file)
+    less = {name: values for name, values in tensors.items() if not name.endswith(".images")}
+    for kept in ({}, less, tensors | {"i2t.later": tensors["i2t.ids"]}):
+        file.write_bytes(arrays.save(kept))
+        with pytest.raises(DataError, match="another version kept other things of a query; measure again: "):
+            evaluate.with_queries(reference.run, new)
+        evaluate.evaluate([reference], place, names=["digits_5k"])
+        assert all(np.array_equal(values, tensors[name]) for name, values in arrays.load_file(file).items())
 
 
 def test_what_was_kept_of_other_weights_goes_when_new_ones_are_measured(place: Path, tiny_recipe: Recipe) -> None:
@@ -314,4 +336,4 @@ def test_validation_gives_the_values_of_the_whole_matrix(place: Path, tiny_recip
     owners = sets.owners.numpy()
     scores = matrix(model, sets).astype(np.float32)
     expected = metrics.retrieval_metrics(scores, owners[None, :] == np.arange(30)[:, None])
-    assert values == pytest.approx({f"val/{name}": value for name, value in expected.items()})
+    assert {name: values[f"val/{name}"] for name in expected} == pytest.approx(expected)

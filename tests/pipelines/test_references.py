@@ -112,6 +112,69 @@ def test_a_run_resolves_to_its_best_checkpoint(store: Path) -> None:
     assert (found.label, found.checkpoint, found.run) == ("study-001", run.checkpoints / "epoch_0001", run)
 
 
+def names(runs: list[Run]) -> list[str]:
+    return [run.name for run in runs]
+
+
+@pytest.fixture
+def seeds(store: Path) -> Path:
+    """A configuration that was trained with eleven seeds, and one of the trials with two more."""
+    for seed in range(11):
+        make(store, f"mine-seed{seed}", 200.0 + (seed == 3) if seed != 5 else None)
+    make(store, "mine-seeded", 999.0)
+    make(store, "study-003-seed1", 420.0)
+    make(store, "study-003-seed2", 430.0)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("mine", [f"mine-seed{seed}" for seed in range(11)]),
+        ("mine-seed1", ["mine-seed1"]),  # also the beginning of mine-seed10
+        ("study-003", ["study-003", "study-003-seed1", "study-003-seed2"]),
+        ("study-003-", ["study-003", "study-003-seed1", "study-003-seed2"]),
+        ("study-003-seed2", ["study-003-seed2"]),
+        ("best:study", ["study-003", "study-003-seed1", "study-003-seed2"]),
+        ("0f3", ["digits_cnn-a1b2c3"]),
+    ],
+)
+def test_a_configuration_stands_for_all_of_its_seeds(seeds: Path, text: str, found: list[str]) -> None:
+    assert names(references.find_seeds(text, seeds)) == found
+    assert names(references.find_runs(text, seeds)) == found
+
+
+def test_seeds_are_those_of_the_name_alone(seeds: Path) -> None:
+    assert names(references.seeds_of("min", seeds)) == []
+    assert names(references.seeds_of("study-001", seeds)) == ["study-001"]
+    with pytest.raises(ConfigError, match="'mine-see' begins several runs"):
+        references.find_seeds("mine-see", seeds)
+
+
+def test_of_a_configuration_the_best_seed_is_served_and_of_a_trial_itself(seeds: Path) -> None:
+    found = resolve("mine", seeds)
+    assert found.label == "mine-seed3 (the best of 11 seeds)"
+    assert found.run == references.find_run("mine", seeds) == Run(seeds / "runs" / "mine-seed3")
+    for text in ("study-003", "best:study"):
+        assert resolve(text, seeds).label == "study-003"
+    assert resolve("study-003-seed2", seeds).label == "study-003-seed2"
+    assert resolve("mine-seed3", seeds).label == "mine-seed3"
+
+
+def test_the_best_of_a_study_is_the_best_mean_over_seeds_once_there_are_several(store: Path) -> None:
+    assert references.best_of("study", store).name == "study-001", "400 is the highest single value"
+    make(store, "study-003-seed1", 380.0)  # 389.5 on average
+    assert references.best_of("study", store).name == "study-003"
+    make(store, "study-001-seed1", 370.0)  # 385
+    make(store, "study-000-seed1", 900.0)  # 550
+    assert references.best_of("study", store).name == "study-000"
+    make(store, "study-000-seed2", 10.0)  # 370
+    assert references.best_of("study", store).name == "study-003"
+    make(store, "study-003-seed2")  # not that far yet
+    make(store, "study-002-seed1", 999.0)  # a trial without a checkpoint
+    assert references.best_of("study", store).name == "study-003"
+
+
 def test_a_checkpoint_folder_knows_its_run_where_it_lies_in_one(store: Path, tmp_path: Path) -> None:
     inside = store / "runs" / "digits_cnn" / "checkpoints" / "epoch_0001"
     assert resolve(str(inside), store).run == Run(store / "runs" / "digits_cnn")
@@ -161,7 +224,7 @@ class Client:
 
 
 class Tracker:
-    uri = "http://tracking.example"
+    address = "http://tracking.example"
 
     def __init__(self, code: int) -> None:
         self.client = Client(code)

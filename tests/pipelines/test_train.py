@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,8 @@ from setwise.platform.errors import DataError, DivergedError
 from setwise.platform.run import Run
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "training_step.json"
+TIMES = ("train/seconds", "train/images_per_second")
+"""What no two trainings have in common."""
 
 
 class StoppedError(Exception):
@@ -53,14 +57,14 @@ def digest(folder: Path) -> str:
 
 
 def without_time(values: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{name: value for name, value in epoch.items() if name != "train/seconds"} for epoch in values]
+    return [{name: value for name, value in epoch.items() if name not in TIMES} for epoch in values]
 
 
 def test_two_steps_give_the_golden_numbers(store: Path, tiny_recipe: Recipe) -> None:
     """One epoch of two steps from a fixed seed, so that an update lies between, against numbers in the repository."""
     settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), "train.epochs=1", "train.batch_size=40"])
     values = train_run(store, start(store, "golden", settings), settings)[0]
-    measured = {name: values[name] for name in sorted(values) if name.startswith("train/") and name != "train/seconds"}
+    measured = {name: values[name] for name in sorted(values) if name.startswith("train/") and name not in TIMES}
     if os.environ.get("SETWISE_WRITE_GOLDEN"):
         GOLDEN.write_text(json.dumps(measured, indent=1) + "\n")
     expected = json.loads(GOLDEN.read_text())
@@ -90,6 +94,44 @@ def test_stopped_and_resumed_equals_trained_through(store: Path, tiny_recipe: Re
     assert digest(stopped.checkpoints / "epoch_0003") == digest(through.checkpoints / "epoch_0003")
     steps = [event["step"] for event in run.read_events(stopped.events) if event["kind"] == "metrics"]
     assert steps == [1, 2, 3]
+
+
+def test_an_epoch_tells_the_curves_that_people_look_for(store: Path, tiny_recipe: Recipe) -> None:
+    settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), "train.epochs=1"])
+    values = train_run(store, start(store, "curves", settings), settings)[0]
+    loss = ("i2t", "t2i", "mmd", "diversity", "total")
+    assert {f"train/{name}" for name in (*loss, "gradient_norm", "lr", *(n.removeprefix("train/") for n in TIMES))} == {
+        name for name in values if name.startswith("train/")
+    }
+    assert all(-32.3 < values[f"sets/{side}_log_circular_variance"] < 0 for side in ("image", "text"))
+    slots = settings.model.set_prediction.num_slots
+    assert all(1 <= values[f"sets/{side}_slot_usage"] <= slots for side in ("image", "text"))
+
+
+def test_images_a_second_are_those_of_training_without_validation(
+    store: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that runs only in steps, 2 s each, and in validation: 80 images in 8 s, of which an epoch of 18 images
+    a batch leaves out 8."""
+    now = [0.0]
+    real_loss, real_validate = train.global_loss, train.validate
+
+    def global_loss(*arguments: Any) -> Any:
+        now[0] += 2
+        return real_loss(*arguments)
+
+    def validate(*arguments: Any) -> Any:
+        now[0] += 1000
+        return real_validate(*arguments)
+
+    monkeypatch.setattr(train, "global_loss", global_loss)
+    monkeypatch.setattr(train, "validate", validate)
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for batch, drop_last, expected in ((20, True, 80 / 8), (18, True, 72 / 8), (18, False, 80 / 10)):
+        changed = [f"train.batch_size={batch}", f"train.drop_last={json.dumps(drop_last)}", "train.epochs=2"]
+        settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), *changed])
+        values = train_run(store, start(store, f"speed-{batch}-{drop_last}".lower(), settings), settings)
+        assert [epoch["train/images_per_second"] for epoch in values] == [expected, expected]
 
 
 def test_dropout_goes_on_where_it_was(store: Path, tiny_recipe: Recipe) -> None:
@@ -217,7 +259,7 @@ def test_micro_batches_train_the_same_model(store: Path, tiny_recipe: Recipe) ->
         settings = recipe.load("digits_cnn_bigru", changed)
         curves.append(train_run(store, start(store, f"micro-{micro_batch}", settings), settings))
     for whole, pieces in zip(*curves, strict=True):
-        names = [name for name in whole if name.startswith("train/") and name != "train/seconds"]
+        names = [name for name in whole if name.startswith("train/") and name not in TIMES]
         assert [pieces[name] for name in names] == pytest.approx([whole[name] for name in names], rel=1e-4)
 
 
@@ -241,7 +283,7 @@ def test_a_compiled_set_prediction_computes_the_same(store: Path, tiny_recipe: R
         training = start(store, f"compiled-{compiled}", settings)
         curves.append(train_run(store, training, settings)[0])
         assert set(checkpoint.weights(training.best_checkpoint())) >= {"retriever.image_sets.slots"}
-    names = [name for name in curves[0] if name.startswith("train/") and name != "train/seconds"]
+    names = [name for name in curves[0] if name.startswith("train/") and name not in TIMES]
     assert [curves[1][name] for name in names] == pytest.approx([curves[0][name] for name in names], rel=1e-4)
 
 

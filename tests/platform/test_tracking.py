@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
-import resource
-import signal
 import sqlite3
 import threading
 import time
@@ -22,8 +19,8 @@ import pytest
 from setwise.platform import run as runs
 from setwise.platform import storage
 from setwise.platform.errors import UnreachableError
-from setwise.platform.run import Run
 from setwise.platform.outbox import Outbox
+from setwise.platform.run import Run
 from setwise.platform.tracking import Courier, Tracker
 
 NUMBERS = itertools.count()
@@ -62,87 +59,6 @@ def rows(store: Path, run_id: str) -> Counter[tuple[str, int]]:
 def history(tracker: Tracker, run: Run, key: str) -> list[tuple[int, float]]:
     found = tracker.client.get_metric_history(tracker.run_id(run), key)
     return sorted((metric.step, metric.value) for metric in found)
-
-
-# --- the outbox -------------------------------------------------------------------------------------------------
-
-
-def test_a_step_of_a_series_is_written_once_even_by_another_start(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "events.jsonl"
-    first = Outbox(path)
-    first.metrics(1, {"loss": 0.5})
-    first.metrics(1, {"loss": 0.75})
-    second = Outbox(path)
-    second.metrics(1, {"loss": 0.9})
-    second.metrics(1, {"r": 3.0}, series="bench")
-    second.metrics(2, {"loss": 0.4})
-    events = runs.read_events(path)
-    assert [(e["series"], e["step"], e["values"]) for e in events] == [
-        ("train", 1, {"loss": 0.5}),
-        ("bench", 1, {"r": 3.0}),
-        ("train", 2, {"loss": 0.4}),
-    ]
-    assert all(abs(event["time"] / 1000 - time.time()) < 60 for event in events)
-
-
-def test_values_that_are_not_finite_are_named_and_not_sent(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
-    Outbox(path).metrics(3, {"a": math.nan, "b": 1.0, "c": -math.inf})
-    metrics, tags = runs.read_events(path)
-    assert metrics["values"] == {"b": 1.0}
-    assert tags["kind"] == "tags"
-    assert tags["values"] == {"not_finite.step_3": "a, c"}
-    assert b"NaN" not in path.read_bytes()
-    assert b"Infinity" not in path.read_bytes()
-
-
-def test_a_line_that_a_crash_cut_short_costs_only_itself(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
-    outbox = Outbox(path)
-    outbox.metrics(1, {"loss": 0.5})
-    whole = path.stat().st_size
-    outbox.metrics(2, {"loss": 0.4})
-    data = path.read_bytes()
-    for kept in range(whole + 1, len(data) - 1):
-        path.write_bytes(data[:kept])
-        again = Outbox(path)
-        again.metrics(2, {"loss": 0.3})
-        again.metrics(3, {"loss": 0.2})
-        steps = [(event["step"], event["values"]["loss"]) for event in runs.read_events(path)]
-        assert steps == [(1, 0.5), (2, 0.3), (3, 0.2)], kept
-
-
-def test_events_of_one_append_are_all_there_or_none(tmp_path: Path) -> None:
-    """A record's beginning is written once: half of it would stay half for ever."""
-    path = tmp_path / "events.jsonl"
-    Outbox(path).append({"kind": "params", "values": {"a": "1"}}, {"kind": "tags", "values": {"b": "2"}})
-    data = path.read_bytes()
-    for kept in range(1, len(data) - 1):
-        path.write_bytes(data[:kept])
-        assert len(runs.read_events(path)) in (0, 2), f"{kept} of {len(data)} bytes written before the crash"
-
-
-def test_a_disk_that_was_full_costs_no_later_event(tmp_path: Path) -> None:
-    """The kernel takes a part of a write that does not fit; the rest must be written, or be an error."""
-    path = tmp_path / "events.jsonl"
-    outbox = Outbox(path)
-    outbox.append({"kind": "tags", "values": {"first": "1"}})
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
-        failed = False
-        try:
-            outbox.append({"kind": "tags", "values": {"second": "2"}})
-        except OSError:
-            failed = True
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
-    outbox.append({"kind": "tags", "values": {"third": "3"}})
-    kept = {key for event in runs.read_events(path) for key in event["values"]}
-    assert "third" in kept
-    assert failed or "second" in kept, "an event was lost, and nobody was told"
 
 
 # --- delivery ---------------------------------------------------------------------------------------------------
@@ -366,19 +282,24 @@ def test_a_database_that_cannot_be_opened_is_unreachable_every_time(
 
 
 class Store:
-    """Stands for a tracker whose store refuses some runs, or is away."""
+    """Stands for a tracker whose store refuses some runs, or is away for them."""
 
-    uri = "stand-in"
+    address = "stand-in"
+    store = Path("store")
+    deadline = 0.0
 
     def __init__(self) -> None:
         self.refused: set[str] = set()
+        self.away: set[str] = set()
         self.delivered: list[str] = []
         self.tried = threading.Event()
 
     def deliver(self, run: Any) -> None:
         self.tried.set()
         if run.name in self.refused:
-            raise ConnectionError("away")
+            raise RuntimeError("deleted")
+        if run.name in self.away:
+            raise UnreachableError("away")
         self.delivered.append(run.name)
 
 
@@ -387,7 +308,7 @@ def fake_run(name: str) -> Any:
 
 
 def courier_to(store: Store, interval: float = 0.01) -> Courier:
-    return Courier(store, interval)  # type: ignore[arg-type]  # it asks for nothing but deliver() and uri
+    return Courier(store, interval)  # type: ignore[arg-type]  # it asks for nothing but what this has
 
 
 def test_a_courier_outlives_a_store_that_is_away(store: Path, tracker: Tracker, caplog: Any) -> None:
@@ -443,9 +364,86 @@ def test_a_run_that_the_store_refuses_does_not_hold_up_the_others() -> None:
     assert stand_in.delivered == ["two", "three"]
 
 
-def test_events_are_json_lines_that_anybody_can_read(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
-    Outbox(path).append({"kind": "tags", "values": {"a": "line\nbreak \u2028 é"}})
-    (line,) = path.read_text("utf-8").split("\n")[:-1]
-    (event,) = json.loads(line)
-    assert event["values"] == {"a": "line\nbreak \u2028 é"}
+def test_the_run_that_met_an_outage_comes_last_in_the_next_round() -> None:
+    """It may be the only one that the store fails at: the others are not held up for ever."""
+    stand_in = Store()
+    stand_in.away = {"one"}
+    courier = courier_to(stand_in, interval=0.01)
+    for name in ("one", "two", "three"):
+        courier.add(fake_run(name))
+    deadline = time.monotonic() + 10
+    while not {"two", "three"} <= set(stand_in.delivered) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not courier.close()
+    assert {"two", "three"} <= set(stand_in.delivered)
+
+
+def test_a_store_that_hangs_is_left_with_one_warning_that_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("setwise.platform.tracking.PATIENCE_S", 0.2)
+    released = threading.Event()
+    stand_in = Store()
+    monkeypatch.setattr(stand_in, "deliver", lambda run: released.wait(30))
+    courier = courier_to(stand_in)
+    courier.add(fake_run("one"))
+    started = time.monotonic()
+    assert not courier.close()
+    assert time.monotonic() - started < 5
+    (warning,) = caplog.messages
+    assert "setwise runs sync --store store" in warning
+    released.set()
+
+
+def test_a_large_file_on_its_way_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("setwise.platform.tracking.PATIENCE_S", 0.0)
+    stand_in = Store()
+
+    def upload(run: Any) -> None:
+        stand_in.deadline = time.monotonic() + 30
+        stand_in.tried.set()
+        time.sleep(0.3)
+
+    monkeypatch.setattr(stand_in, "deliver", upload)
+    courier = courier_to(stand_in)
+    courier.add(fake_run("one"))
+    assert stand_in.tried.wait(10)
+    assert courier.close()
+
+
+def test_an_outage_that_lasts_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A wrong address would otherwise be noticed when the training ends, days later."""
+    monkeypatch.setattr("setwise.platform.tracking.OUTAGE_S", 0.05)
+    stand_in = Store()
+    stand_in.away = {"one"}
+    courier = courier_to(stand_in)
+    courier.add(fake_run("one"))
+    time.sleep(0.5)
+    assert ["goes on" in message for message in caplog.messages] == [True]
+    stand_in.away = set()
+    assert courier.close()
+
+
+def test_events_are_delivered_in_order_and_progress_is_noted_on_the_way(
+    store: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(store)
+    outbox = Outbox(run.events)
+    sent: list[str] = []
+    for number in range(4):
+        outbox.append({"kind": "tags", "values": {"phase": str(number)}})
+        outbox.metrics(number + 1, {"loss": 0.5})
+
+    def note(run_id: str, metrics: Any = (), params: Any = (), tags: Any = ()) -> None:
+        if len(sent) == 5:
+            raise ConnectionError("away")
+        sent.append(tags[0].value if tags else f"step {metrics[0].step}")
+
+    tracker.run_id(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker.client, "log_batch", note)
+        with pytest.raises(UnreachableError):
+            tracker.deliver(run)
+    assert sent == ["0", "step 1", "1", "step 2", "2"]
+    assert tracker.undelivered(run) == 3
+    assert tracker.deliver(run) == 3

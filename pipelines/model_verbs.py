@@ -1,0 +1,154 @@
+"""`setwise promote`, `setwise rollback` and `setwise models VERB`: which model is served, and how that came about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from setwise.pipelines.terminal import JsonOption, Ref, StoreOption, emit, open_store, open_tracker, results, say
+
+if TYPE_CHECKING:
+    from setwise.pipelines.promotion_ledger import Ledger
+
+app = typer.Typer(help="Registered models: list them, their history, and repair.", no_args_is_help=True)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="registered model: setwise-digits, or just digits")]
+
+
+def promote(
+    reference: Ref,
+    gate: Annotated[
+        Path | None, typer.Option("--gate", metavar="FILE", help="YAML: limits by metric [default: nowhere worse]")
+    ] = None,
+    store: StoreOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="decide, and change nothing")] = False,
+    override: Annotated[str | None, typer.Option(help="promote whatever the gate says, for this reason")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a run's best checkpoint the champion, if the gate lets it pass. Exit code 3 if not."""
+    from setwise.pipelines import promote as promotion
+    from setwise.pipelines import references
+
+    asked = promotion.load_gate(gate) if gate is not None else None
+    folder = open_store(store)
+    tracker = open_tracker(folder)
+    resolved = references.resolve(reference, folder, tracker)
+    say(f"evaluating {resolved.label} on the test split")
+    done = promotion.promote(resolved, folder, tracker, dry_run, override, asked, say)
+    if as_json:
+        emit(done.to_json(resolved.label))
+    else:
+        results.print(done.describe(resolved.label), soft_wrap=True, markup=False)
+    if done.changed and done.version is not None:
+        say(f"next: setwise models history {done.version.name}    setwise rollback {done.version.name}")
+
+
+def rollback(
+    model: Model,
+    to: Annotated[int | None, typer.Option("--to", metavar="VERSION", help="a former champion")] = None,
+    reason: Annotated[str, typer.Option(help="why; it is written down")] = "",
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the previous champion the champion again."""
+    from setwise.pipelines import promotion_ledger, registry
+
+    tracker = open_tracker(open_store(store))
+    name = registry.full_name(model, tracker)
+    entry = promotion_ledger.rollback(tracker, name, to, reason)
+    if as_json:
+        emit({"name": name, **entry.to_json()})
+    else:
+        text = f"{name} version {entry.version} ({entry.run}) is the champion again, in place of version"
+        results.print(f"{text} {entry.replaces}", soft_wrap=True, markup=False)
+
+
+@app.command("ls")
+def models_list(store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Registered models, their champions, and whether the alias is where the ledger says."""
+    from setwise.pipelines import promotion_ledger, registry
+
+    tracker = open_tracker(open_store(store))
+    rows = []
+    for name in registry.names(tracker):
+        ledger = promotion_ledger.read(tracker, name)
+        champion = registry.champion(tracker, name)
+        rows.append(
+            {
+                "name": name,
+                "champion": champion.version if champion else None,
+                "run": champion.run if champion else None,
+                "versions": registry.versions(tracker, name),
+                "entries": len(ledger.entries),
+                "problem": promotion_ledger.problem(ledger, champion),
+            }
+        )
+    if as_json:
+        emit({"models": rows})
+        return
+    if not rows:
+        say("no model is registered yet. Promote a run: setwise promote REF")
+        return
+    results.print(_models_table(rows))
+
+
+@app.command("history")
+def models_history(model: Model, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Every promotion, override and rollback of a model, the oldest first."""
+    from setwise.pipelines import promotion_ledger, registry
+
+    tracker = open_tracker(open_store(store))
+    ledger = promotion_ledger.read(tracker, registry.full_name(model, tracker))
+    if as_json:
+        emit({"name": ledger.name, "entries": [entry.to_json() for entry in ledger.entries]})
+    else:
+        results.print(_history_table(ledger))
+
+
+@app.command("repair")
+def models_repair(model: Model, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Put the alias `champion` where the ledger ends, where a crash or a hand in MLflow's pages came between."""
+    from setwise.pipelines import promotion_ledger, registry
+
+    tracker = open_tracker(open_store(store))
+    name = registry.full_name(model, tracker)
+    repaired = promotion_ledger.repair(tracker, name)
+    champion = registry.champion(tracker, name)
+    version = champion.version if champion else None
+    if as_json:
+        emit({"name": name, "repaired": repaired, "champion": version})
+    else:
+        found = "repaired" if repaired else "nothing to repair"
+        results.print(f"{name}: {found}; the champion is version {version}", markup=False)
+
+
+def _models_table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table("model", "champion", "run", "versions", "state")
+    for row in rows:
+        champion = "none" if row["champion"] is None else f"version {row['champion']}"
+        cells = [row["name"], champion, row["run"] or "", str(len(row["versions"])), row["problem"] or "ok"]
+        table.add_row(*(Text(cell, overflow="fold") for cell in cells))
+    return table
+
+
+def _history_table(ledger: Ledger) -> Table:
+    """One entry a row: candidate's values, the champion's in brackets."""
+    table = Table("", "time (UTC)", "what", "version", "replaces", "run", "values (replaced)", "reason", "who")
+    for number, entry in enumerate(ledger.entries, start=1):
+        when = f"{datetime.fromtimestamp(entry.time, UTC):%Y-%m-%d %H:%M:%S}"
+        values = [f"{metric} {_number(new)} ({_number(old)})" for metric, (new, old) in entry.numbers.items()]
+        reason = entry.reason if entry.override is None else f"{entry.override} [gate: {entry.reason}]"
+        replaces = "" if entry.replaces is None else str(entry.replaces)
+        cells = [str(number), when, entry.kind, str(entry.version), replaces, entry.run, "\n".join(values), reason]
+        table.add_row(*(Text(cell, overflow="fold") for cell in [*cells, entry.who]))
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
