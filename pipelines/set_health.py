@@ -3,7 +3,8 @@
 A set whose elements have become equal (set collapse) is one vector at K times the price, and its log circular variance
 sinks. Elements may also differ and yet only one of them ever match: then the slot usage is near 1.
 
-Shape suffixes: I images, T captions, K elements of an image's set, J elements of a caption's set, D width; N items.
+Shape suffixes: I images, T captions, P pairs of them, N items of either side; K elements of an image's set, J of a
+caption's, D width.
 """
 
 from __future__ import annotations
@@ -29,17 +30,14 @@ def set_health(image_sets_IKD: Tensor, text_sets_TJD: Tensor, owners_T: Tensor) 
         `sets/image_log_circular_variance` and `sets/text_...`, of sides whose sets have several elements;
         `sets/image_slot_usage`, 1 to K, and `sets/text_slot_usage`, 1 to J.
     """
-    sides = {
-        "image": nn.functional.normalize(image_sets_IKD, dim=2),
-        "text": nn.functional.normalize(text_sets_TJD, dim=2),
-    }
+    images_IKD, texts_TJD = (nn.functional.normalize(sets, dim=2) for sets in (image_sets_IKD, text_sets_TJD))
     values = {
         f"sets/{side}_log_circular_variance": log_circular_variance(sets)
-        for side, sets in sides.items()
+        for side, sets in (("image", images_IKD), ("text", texts_TJD))
         if sets.shape[1] > 1
     }
-    used = slot_usage(*sides.values(), owners_T)
-    return values | {f"sets/{side}_slot_usage": value for side, value in zip(sides, used, strict=True)}
+    of_images, of_texts = slot_usage(images_IKD, texts_TJD, owners_T)
+    return values | {"sets/image_slot_usage": of_images, "sets/text_slot_usage": of_texts}
 
 
 def log_circular_variance(sets_NKD: Tensor) -> float:
@@ -57,13 +55,10 @@ def log_circular_variance(sets_NKD: Tensor) -> float:
 def slot_usage(image_sets_IKD: Tensor, text_sets_TJD: Tensor, owners_T: Tensor) -> tuple[float, float]:
     """How many elements of images' sets, and of captions', hold the best cosine of a matched pair: the exponential of
     the entropy of which one does. K if all do equally often, 1 if always the same one."""
+    blocks = [slice(start, start + PAIRS) for start in range(0, len(owners_T), PAIRS)]
+    cosines = (image_sets_IKD[owners_T[block]] @ text_sets_TJD[block].mT for block in blocks)
+    best_T = torch.cat([cosines_PKJ.flatten(1).argmax(1) for cosines_PKJ in cosines])
     width = text_sets_TJD.shape[1]
-    best_T = torch.cat(
-        [
-            (image_sets_IKD[owners] @ texts.mT).flatten(1).argmax(1)
-            for owners, texts in zip(owners_T.split(PAIRS), text_sets_TJD.split(PAIRS), strict=True)
-        ]
-    )
     return _effective_number(best_T // width), _effective_number(best_T % width)
 
 

@@ -104,7 +104,10 @@ def parallel(rows: Sequence[Row], spec: Study) -> Figure:
 
 
 def fronts(rows: Sequence[Row], front: Sequence[int], objectives: Sequence[str]) -> dict[str, Figure]:
-    """For each objective beside RSUM: the trials, and which of them no other beats in all objectives."""
+    """For each objective beside RSUM: the trials, and which of them none beats: is as good in every objective and better in one.
+
+    Of `objectives`, those beside RSUM; with one of them the front is joined by a line.
+    """
     figures = {}
     for name in objectives:
         having = sorted(
@@ -119,14 +122,14 @@ def fronts(rows: Sequence[Row], front: Sequence[int], objectives: Sequence[str])
                 **{
                     "type": "scatter",
                     "mode": "markers",
-                    "name": "another trial beats it in all",
+                    "name": "beaten",
                     "marker": MARKERS["complete"],
                 },
                 **{"x": [row.costs[name] for row in others], "y": [row.value for row in others]},
                 **{"hovertext": _texts(others), "hoverinfo": "text"},
             },
             {
-                **{"type": "scatter", "mode": "lines+markers" if len(objectives) == 2 else "markers"},
+                **{"type": "scatter", "mode": "lines+markers" if len(objectives) == 1 else "markers"},
                 **{"name": "Pareto front", "line": {"color": "#2b8a3e", "width": 1, "dash": "dot"}},
                 **{"marker": {"symbol": "star", "size": 13, "color": "#2b8a3e"}},
                 **{"x": [row.costs[name] for row in best], "y": [row.value for row in best]},

@@ -69,7 +69,7 @@ class TrialTable:
     def update(self, number: int, values: Mapping[str, Any], state: str, epoch: int, value: float | None) -> None:
         """A trial has done something: started, ended an epoch, or ended."""
         row = self.rows.setdefault(number, TrialRow(number, values))
-        row.state = state
+        row.values, row.state = values, state
         row.epoch = max(row.epoch, epoch)
         row.best = max((one for one in (row.best, value) if one is not None), default=None)
         if not self.console.is_terminal:

@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
+from setwise.platform import seeding
 from setwise.platform.errors import ConfigError, UnreachableError
 from setwise.sweeps.objectives import directions
 from setwise.sweeps.space import Pruning, Study
@@ -60,7 +61,7 @@ def open_study(
             study_name=name,
             directions=directions(study.objectives),
             load_if_exists=True,
-            sampler=make_sampler(study),
+            sampler=make_sampler(study, 0),
         )
     except Exception as error:
         raise UnreachableError(f"study '{name}' cannot be opened in {where(folder)}: {error}") from error
@@ -102,15 +103,19 @@ def load(folder: Path, name: str) -> optuna.Study:
         raise ConfigError(f"{where(folder)} holds no study called '{name}'") from error
 
 
-def make_sampler(study: Study) -> optuna.samplers.BaseSampler:
-    """TPE over all settings together; where some vary only under a condition, over those that vary together."""
+def make_sampler(study: Study, begun: int) -> optuna.samplers.BaseSampler:
+    """TPE over all settings together; where some vary only under a condition, over those that vary together.
+
+    After a restart, with so many trials `begun`, it has a seed of its own: the first would draw the same values again.
+    """
+    seed = study.seed if begun == 0 else seeding.derive(study.seed, "sampler", begun) % 2**31
     if study.sampler != "tpe" or study.population is not None:  # all of a grid is enqueued
-        return optuna.samplers.RandomSampler(seed=study.seed)
+        return optuna.samplers.RandomSampler(seed=seed)
     conditional = any(domain.when is not None for domain in study.space.values())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of groups, and of several at a time
         return optuna.samplers.TPESampler(
-            seed=study.seed,
+            seed=seed,
             n_startup_trials=study.startup_trials,
             multivariate=True,
             group=conditional,
@@ -180,12 +185,15 @@ class StudySearch(OptunaSearch):  # type: ignore[misc]  # Ray leaves its classes
         self._defaults = dict(defaults)
         self._last_epoch = last_epoch
         several = len(spec.objectives) > 1
+        begun = sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
         modes = [direction[:3] for direction in directions(spec.objectives)]
         super().__init__(
             space=self._values,
             metric=list(spec.objectives) if several else METRIC,
             mode=modes if several else "max",
-            sampler=make_sampler(spec),
+            sampler=make_sampler(
+                spec, sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
+            ),
             storage=study._storage,
             study_name=study.study_name,
         )

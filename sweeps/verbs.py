@@ -76,6 +76,10 @@ def run(
         from setwise.pipelines import estimate
 
         base = estimate.settled(base, on, folder)
+    if spec.population is not None:
+        from setwise.sweeps import population
+
+        base = population.fitted(spec, base)
     if dry_run:
         from setwise.sweeps import plan
 

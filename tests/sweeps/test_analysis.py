@@ -241,6 +241,8 @@ def test_several_objectives_have_a_front_wherever_rsum_stands(objectives: list[s
     assert figures["query_ms"]["data"][1]["y"] == [
         row.value for row in sorted(found.rows[:9], key=lambda row: row.costs["query_ms"]) if row.number in found.front
     ]
+    assert figures["query_ms"]["data"][1]["mode"] == "markers", "a line through three objectives would mislead"
+    assert plots.fronts(found.rows, found.front, ["query_ms"])["query_ms"]["data"][1]["mode"] == "lines+markers"
     content = analysis.render(found)
     assert content.count('<div class="plot" id="front-') == 2
 

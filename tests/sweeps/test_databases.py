@@ -34,15 +34,14 @@ search.suggest("killed")
 """
 
 
-def test_studies_at_once_in_one_postgresql_lose_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_studies_at_once_in_one_postgresql_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with postgres(tmp_path) as url:
         monkeypatch.setenv(study.URL, url)
         spec, base = space.load("digits")
         study.open_study(tmp_path, "first", spec, "identity", [(space.default_values(spec, base), "recipe")])
         writers = [
-            subprocess.Popen([sys.executable, "-c", WRITER, f"study-{number}", str(number)]) for number in range(WRITERS)
+            subprocess.Popen([sys.executable, "-c", WRITER, f"study-{number}", str(number)])
+            for number in range(WRITERS)
         ]
         assert [writer.wait(timeout=300) for writer in writers] == [0] * WRITERS
         for number in range(WRITERS):

@@ -9,8 +9,8 @@ from typing import Any
 
 import optuna
 import pytest
-from populations import LAST_EPOCH, SPACE, study_file, values_of
 
+from populations import LAST_EPOCH, SPACE, study_file, values_of
 from setwise.pipelines.recipe import Recipe
 from setwise.platform.errors import ConfigError
 from setwise.sweeps import population, space

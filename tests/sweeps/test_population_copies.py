@@ -18,8 +18,8 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from populations import LAST_EPOCH, SPACE, study_file, values_of
 
+from populations import LAST_EPOCH, SPACE, study_file, values_of
 from setwise.pipelines import recipe, references, train
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.workers import Worker

@@ -113,6 +113,21 @@ def test_settings_under_a_condition_are_drawn_where_it_holds(tmp_path: Path) -> 
     assert resumed.suggest("again") is not None
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_no_restart_draws_the_same_values_again(tmp_path: Path, sampler: str) -> None:
+    spec, base = space.load("digits", [f"sampler={sampler}", "startup_trials=20"])
+    made = study.open_study(tmp_path, "tests", spec, "identity", [(space.default_values(spec, base), "recipe")])
+    alphas = []
+    for start in range(4):
+        search = searcher(made, spec)  # the driver was killed before this
+        for number in range(3):
+            suggested = search.suggest(f"{start}-{number}")
+            assert suggested is not None
+            alphas.append(suggested["values"]["similarity.alpha"])
+            search.on_trial_complete(f"{start}-{number}", result(LAST_EPOCH, 1.0))
+    assert len(set(alphas)) == len(alphas) == 12
+
+
 def test_several_objectives_have_a_front(tmp_path: Path) -> None:
     spec, base = space.load("digits", ["objectives=[val/rsum, embedding_size]", "pruning=null"])
     made = study.open_study(tmp_path, "tests", spec, "identity", [(space.default_values(spec, base), "recipe")])
