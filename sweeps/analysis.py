@@ -79,6 +79,13 @@ class Analysis:
     def failed(self) -> list[Row]:
         return [row for row in self.rows if row.state == "failed"]
 
+    @property
+    def advice(self) -> str:
+        """What is to be done before one of them is called the best; nothing where it was done, or cannot be."""
+        complete = any(row.state == "complete" for row in self.rows)
+        can_be = complete and self.confirmation is None and self.spec.population is None
+        return report.to_confirm(self.name) if can_be else ""
+
     def counts(self) -> str:
         numbers = {state: sum(row.state == state for row in self.rows) for state in STATES.values()}
         return ", ".join(f"{number} {state}" for state, number in numbers.items() if number) or "no trial yet"
@@ -104,8 +111,8 @@ class Analysis:
             parts += [Text("\nPareto front:"), _trial_table(on_front, self.spec)]
         if self.confirmation is not None:
             parts += [Text("\ntrained again with other seeds:"), self.confirmation.table()]
-        elif self.best:
-            parts.append(Text(report.to_confirm(self.name)))
+        elif self.advice:
+            parts.append(Text(self.advice))
         if self.failed:
             parts += [Text("\nfailed:"), *(Text(f"  {row.name}: {row.reason}") for row in self.failed)]
         return Group(*parts)
@@ -212,7 +219,6 @@ def render(found: Analysis) -> str:
         costs={one: plots.TITLES[one] for one in found.spec.objectives if one != "val/rsum"},
         said=plots.said,
         by_seed=candidates.by_seed,
-        to_confirm=report.to_confirm(found.name),
         drawn=json.dumps(figures, allow_nan=False).replace("<", "\\u003c"),
         plotly=get_plotlyjs(),
     )

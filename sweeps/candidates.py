@@ -125,8 +125,8 @@ class Confirmation:
         low, high = welch(first.values, second.values)
         verdict = "more than seeds differ by" if low > 0 else "no more than seeds differ by, so either may be better"
         return (
-            f"{first.trial} is ahead of {second.trial} by {first.mean - second.mean:.1f} (95 % interval {low:.1f} to {high:.1f}, "
-            f"Welch): {verdict}."
+            f"{first.trial} is ahead of {second.trial} by {first.mean - second.mean:.1f} (95 % interval {low:.1f} to "
+            f"{high:.1f}, Welch): {verdict}."
         )
 
     def table(self) -> RenderableType:

@@ -104,9 +104,9 @@ def parallel(rows: Sequence[Row], spec: Study) -> Figure:
 
 
 def fronts(rows: Sequence[Row], front: Sequence[int], objectives: Sequence[str]) -> dict[str, Figure]:
-    """For each objective beside RSUM: the trials, and which of them none beats: is as good in every objective and better in one.
+    """For each of `objectives`, those beside RSUM: the trials, and which of them are on the Pareto front.
 
-    Of `objectives`, those beside RSUM; with one of them the front is joined by a line.
+    With one objective beside RSUM the front is joined by a line.
     """
     figures = {}
     for name in objectives:

@@ -207,6 +207,7 @@ def test_a_study_of_any_shape_gets_a_page(shape: str, tmp_path: Path) -> None:
     content = analysis.render(found)
     assert found.importance.shares == {} or shape == "only pruned"
     assert ("No trial has a value" in content) == (shape in ("no trial", "one unfinished", "only failed"))
+    assert ("sweep analyze tests --confirm" in content) == (shape in ("one trial", "equal values"))
     assert content.count("the loss is not finite") == (5 if shape == "only failed" else 0)
     json.dumps(found.to_json(), allow_nan=False)
 
