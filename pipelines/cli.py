@@ -290,12 +290,18 @@ def ui(
     store: StoreOption = None,
 ) -> None:
     """Open the MLflow pages on the store, on this machine only."""
+    from setwise.sweeps import runs_view, status
+
     folder = open_store(store)
     tracker = open_tracker(folder)
     say(f"MLflow on http://127.0.0.1:{port}, showing {tracker.address}; Ctrl-C ends it")
+    for title in status.names(folder):
+        if (experiment := tracker.client.get_experiment_by_name(title)) is not None:
+            say(f"  study {title}: {runs_view.address(f'http://127.0.0.1:{port}', experiment.experiment_id)}")
     arguments = ["--backend-store-uri", tracker.uri, "--default-artifact-root", tracker.artifacts.as_uri()]
     server = ["-m", "mlflow", "server", *arguments, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # nobody runs jobs through these pages
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.execv(sys.executable, [sys.executable, *server])
 
 

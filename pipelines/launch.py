@@ -188,7 +188,7 @@ def train_with_ray(
         alive = thread.is_alive()  # asked before reading: what came in between is read in the next turn
         for event in (event for events, _ in record.new() for event in events):
             if on_epoch is not None and event.get("series") == "train":
-                on_epoch(event["values"])
+                on_epoch({"epoch": float(event["step"]), **event["values"]})
         if not alive:
             break
         thread.join(POLL_S)

@@ -5,6 +5,7 @@ The record is the run's outbox; it reaches MLflow from there.
 
 from __future__ import annotations
 
+import getpass
 import re
 from typing import Any
 
@@ -30,6 +31,7 @@ def begin(outbox: Outbox, training: Run, recipe: Recipe, prepared: Prepared, sta
         "mlflow.source.git.commit": str(identity["commit"]),
         "setwise.code_changed": str(identity["dirty"]),
         **_place(training),
+        **origin(training),
         **start_tags,
     }
     files = ("config.yaml", "environment.json", "run.json", "code.diff")
@@ -39,6 +41,17 @@ def begin(outbox: Outbox, training: Run, recipe: Recipe, prepared: Prepared, sta
         {"kind": "dataset", "name": recipe.data.name, "digest": prepared.fingerprint, "source": str(prepared.folder)},
         *({"kind": "artifact", "path": file, "into": ""} for file in files if (training.folder / file).is_file()),
     )
+
+
+def origin(training: Run) -> dict[str, str]:
+    """Tags that MLflow's lists show as Source and Created by."""
+    study = training.parent or (training if training.folder.parent.name == "studies" else None)
+    command = f"setwise sweep {study.name}" if study is not None else f"setwise train {training.experiment}"
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # in a container without one
+        user = "unknown"
+    return {"mlflow.source.name": command, "mlflow.source.type": "LOCAL", "mlflow.user": user}
 
 
 def _place(training: Run) -> dict[str, str]:
@@ -60,6 +73,7 @@ def end(training: Run, status: str, reason: str | None = None) -> None:
     """
     if ended(training):
         return
+    outbox = Outbox(training.events)
     events: list[dict[str, Any]] = []
     tags = {"setwise.status": status} | ({"setwise.reason": reason[:4000]} if reason else {})
     try:
@@ -72,13 +86,16 @@ def end(training: Run, status: str, reason: str | None = None) -> None:
         path = str(files.relative_to(training.folder))
         tags["setwise.best_checkpoint"] = f"checkpoints/{best.name}"
         events.append({"kind": "artifact", "path": path, "into": tags["setwise.best_checkpoint"]})
+        known = storage.read_json(training.folder / "best.json")
+        epoch = int(checkpoint.metadata(best)["epoch"])
+        outbox.metrics(epoch, {f"best/{known['metric']}": float(known["value"])}, series="best")
     events.append({"kind": "tags", "values": tags})
     events.append({"kind": "status", "value": "FAILED" if status == "FAILED" else "FINISHED"})
-    Outbox(training.events).append(*events)
+    outbox.append(*events)
 
 
 def ended(training: Run) -> bool:
-    return any(event["kind"] == "status" for event in run.read_events(training.events))
+    return training.status is not None
 
 
 def reason(training: Run) -> str:

@@ -133,8 +133,9 @@ def find_runs(text: str, store: Path) -> list[Run]:
 def best_of(study: str, store: Path) -> Run:
     """The best trial of a study by validation.
 
-    Once trials have been trained again with other seeds (`STUDY-007-seed1`), those alone are candidates, each with the
-    mean over its seeds: of many single values the highest is in part luck. Before that, it is the highest value.
+    Once trials have been trained again with other seeds (`STUDY-007-seed1`) to their end, those alone are candidates,
+    each with the mean over its seeds: of many single values the highest is in part luck. Before that, it is the highest
+    value.
 
     Raises:
         ConfigError: there is no such study.
@@ -150,7 +151,9 @@ def best_of(study: str, store: Path) -> Run:
     by_name = {trial.name: found for trial, found in values.items()}
     for run in all_runs(store):
         first = by_name.get(configuration(run.name))
-        if first is not None and run.name not in by_name and (value := best_value(run)) is not None:
+        if first is None or run.name in by_name or run.status != "FINISHED":
+            continue
+        if (value := best_value(run)) is not None:
             first.append(value)
     confirmed = {trial: found for trial, found in values.items() if len(found) > 1} or values
     return max(confirmed, key=lambda trial: sum(confirmed[trial]) / len(confirmed[trial]))

@@ -102,7 +102,7 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
     if outbox is not None:
         records.begin(outbox, run, recipe, prepared, start_tags)
         for values in history:  # a crash may have fallen between a checkpoint and its event
-            outbox.metrics(int(values["epoch"]), values)
+            outbox.metrics(int(values["epoch"]), _recorded(values))
         if history:
             _point_to_best(run, history)
     for values in history:  # whoever restarted us knows nothing of the epochs before
@@ -172,7 +172,7 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
             best = _point_to_best(run, history)
             kept = [_name(number) for number in range(epoch, epoch - config.keep_checkpoints, -1)]
             checkpoint.prune(run.checkpoints, keep={best, *kept})
-            outbox.metrics(epoch, values)
+            outbox.metrics(epoch, _recorded(values))
         workers.synchronize(worker)
         report(values)
 
@@ -228,6 +228,11 @@ def validate(
     values = query_ranks.own_metrics(members, sets.owners.numpy(), device)
     health = set_health(sets.image_sets, sets.text_sets, sets.owners)
     return {f"val/{name}": value for name, value in values.items()} | health
+
+
+def _recorded(values: dict[str, float]) -> dict[str, float]:
+    """Without the epoch, which is the step."""
+    return {name: value for name, value in values.items() if name != "epoch"}
 
 
 def _name(epoch: int) -> str:

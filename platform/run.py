@@ -74,6 +74,12 @@ class Run:
         path = storage.read_json(self.folder / "run.json")["parent"]
         return Run((self.folder / path).resolve()) if path else None
 
+    @property
+    def status(self) -> str | None:
+        """How it ended, FINISHED or FAILED; None while it has not."""
+        ends = [event["value"] for event in read_events(self.events) if event["kind"] == "status"]
+        return str(ends[-1]) if ends else None
+
     def best_checkpoint(self) -> Path:
         """The verified checkpoint with the best validation value.
 

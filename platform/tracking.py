@@ -214,6 +214,10 @@ class Tracker:
                 self.client.log_batch(run_id, params=params)
             case "tags":
                 self.client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in event["values"].items()])
+            case "experiment_tags":
+                experiment = self.experiment_id(run.experiment)
+                for key, value in event["values"].items():
+                    self.client.set_experiment_tag(experiment, key, value)
             case "dataset":
                 dataset = Dataset(event["name"], event["digest"], "local", json.dumps({"uri": event["source"]}))
                 self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])

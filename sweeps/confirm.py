@@ -32,7 +32,7 @@ from setwise.sweeps.limits import Stopped
 from setwise.sweeps.space import Study, with_values
 from setwise.sweeps.study import FAILURE, METRIC, NUMBER, RETURNED_VALUES, TIME
 from setwise.sweeps.trial import settings_of, train_trial
-from setwise.sweeps.watch import _last_words
+from setwise.sweeps.watch import last_words
 
 Say = Callable[[str], None]
 CONFIRMS = "setwise.confirms"
@@ -88,7 +88,7 @@ def confirm(name: str, store: Path, tracker: Tracker, say: Say, best: int, seeds
             f"{base.train.epochs} epochs, {len(trainings) - len(left)} of them done already"
         )
         if left:
-            with cluster.connect(), sweeps._interruptible(), Courier(tracker) as courier:
+            with cluster.connect(), sweeps.interruptible(), Courier(tracker) as courier:
                 for one in trainings:
                     courier.add(one.training)
                 try:
@@ -178,7 +178,7 @@ class Progress(Callback):  # type: ignore[misc]  # Ray leaves its classes untype
         self._end(trial, trial.last_result.get(FAILURE))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, _last_words(trial))
+        self._end(trial, last_words(trial))
 
     def _end(self, trial: Any, failure: str | None) -> None:
         training = self._run(trial)

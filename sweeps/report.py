@@ -144,6 +144,8 @@ class Outcome:
     running: int = 0
     stopped: str | None = None
     front: tuple[Point, ...] = ()
+    repeatable: bool = True
+    """Whether a trial can be trained again with another seed: not where settings changed in the middle."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ def show_outcome(outcome: Outcome, results: Console) -> None:
         seeds = references.seeds_of(outcome.best.name, outcome.best.folder.parents[1])
         best = candidates.of_trial(outcome.best, [run for run in seeds if run != outcome.best])
         results.print(f"best trial: {best.trial}, val RSUM {best.in_words()}", soft_wrap=True)
-        if len(best.values) == 1:
+        if len(best.values) == 1 and outcome.repeatable:
             results.print(to_confirm(outcome.name), soft_wrap=True)
     results.print(outcome.importance.sentence(), soft_wrap=True)
 

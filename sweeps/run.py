@@ -17,11 +17,8 @@ from typing import TYPE_CHECKING
 from setwise.pipelines import prepare, pretrained, records, references
 from setwise.pipelines.recipe import Recipe, TrainConfig
 from setwise.platform import cluster, config, run, storage
-from setwise.platform.errors import ConfigError
-from setwise.platform.outbox import Outbox
-from setwise.platform.run import Run
 from setwise.platform.tracking import Courier, Tracker
-from setwise.sweeps import earlier, report
+from setwise.sweeps import analysis, earlier, report, study_run
 from setwise.sweeps.limits import Limits, Stopped
 from setwise.sweeps.report import Outcome, TrialTable
 from setwise.sweeps.space import Study, default_values
@@ -61,10 +58,10 @@ def run_study(
     if spec.sampler == "grid":
         first += [(values, "grid") for values in spec.grid() if values not in [one for one, _ in first]]
     with storage.lease(folder / "lease", f"study '{name}'"):
-        parent = _parent_run(spec, base, name, store, prepared)
-        study = studies.open_study(folder, name, spec, storage.fingerprint(parent.config.read_text()), first)
+        parent = study_run.begin(spec, base, name, store, prepared)
+        study = studies.open_study(folder, name, spec, study_run.identity_of(parent), first)
         _reconcile(study, name, store)
-        with cluster.connect(), _interruptible(), Courier(tracker) as courier:
+        with cluster.connect(), interruptible(), Courier(tracker) as courier:
             courier.add(parent)
             done = studies.finished(study)
             for trial in done:
@@ -80,35 +77,13 @@ def run_study(
                 done = studies.finished(study)
             _reconcile(study, name, store)
             outcome = report.outcome_of(study, spec, name, store, failures, stopped)
-            _end_parent(parent, spec, outcome)
+            study_run.end(parent, spec, outcome)
+            try:
+                analysis.write(study, spec, name, store)
+            except Exception as error:  # a page that cannot be written takes no result away
+                say(f"the page of the study was not written: {error}")
         shutil.rmtree(folder / "tune", ignore_errors=True)
     return outcome
-
-
-def _parent_run(spec: Study, base: Recipe, name: str, store: Path, prepared: prepare.Prepared) -> Run:
-    """The run of the study itself, of which the trials are children. The number of trials may grow later."""
-    parts = {"study": config.to_yaml(spec.identity), "recipe of trial 0": config.to_yaml(base)}
-    text = "".join(f"# {what}\n{part}" for what, part in parts.items()) + f"# data {prepared.fingerprint}\n"
-    try:
-        parent = run.create(store / "studies", name, text, experiment=name)
-    except ConfigError as error:
-        raise ConfigError(
-            f"a study called '{name}' exists and is another one than this. Give this one a name: --name NAME\n({error})"
-        ) from error
-    if not parent.events.is_file():
-        params = {
-            "recipe": spec.recipe,
-            "sampler": spec.sampler if spec.population is None else "PBT",
-            "objectives": ", ".join(spec.objectives),
-            "seed": str(spec.seed),
-            **{f"space.{key}": str(domain.model_dump(exclude_none=True)) for key, domain in spec.space.items()},
-        }
-        Outbox(parent.events).append(
-            {"kind": "params", "values": params},
-            {"kind": "tags", "values": {"setwise.study": name, "setwise.data": prepared.fingerprint}},
-            *({"kind": "artifact", "path": file, "into": ""} for file in ("config.yaml", "environment.json")),
-        )
-    return parent
 
 
 def _tune(
@@ -188,22 +163,8 @@ def _reconcile(study: optuna.Study, name: str, store: Path) -> None:
             records.end(training, statuses[trial.state.name], trial.user_attrs.get(studies.REASON))
 
 
-def _end_parent(parent: Run, spec: Study, outcome: Outcome) -> None:
-    """Record the study's result with its run; each time that more trials were added."""
-    number = outcome.complete + outcome.pruned + len(outcome.failed)
-    outbox = Outbox(parent.events)
-    if outcome.best is not None:
-        value = references.best_value(outcome.best) or 0.0
-        outbox.metrics(number, {"best/val/rsum": value, "trials": float(number)}, series="study")
-        tags = {"setwise.best_run": outcome.best.name, "setwise.importance": outcome.importance.sentence()}
-        events = [{"kind": "tags", "values": tags}]
-        if outcome.stopped is None:
-            events.append({"kind": "status", "value": "FINISHED"})
-        outbox.append(*events)
-
-
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM reach us as KeyboardInterrupt instead of Tune, which would wait for its trials."""
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 

@@ -15,21 +15,22 @@ from typing import Any
 KEY = "study"
 TAG = f"mlflow.sharedViewState.{KEY}"
 CURVES = ("sets/image_log_circular_variance", "sets/text_log_circular_variance", "train/images_per_second")
-"""Beside the first metric, what is drawn over the epochs."""
+"""What else is drawn over the epochs."""
 MOST_RUNS = 100
 """In one chart; with more, MLflow's pages become slow."""
 
 
-def saved_view(swept: Sequence[str], metrics: Sequence[str]) -> str:
+def saved_view(swept: Sequence[str], metrics: Sequence[str], curve: str) -> str:
     """The value of the experiment's tag `TAG`: the best run first, with what was swept and what came of it.
 
     Args:
         swept: settings that vary, as parameters are called.
-        metrics: columns of the list; by the first one, the higher the better, runs are sorted and charts are drawn.
+        metrics: columns of the list; by the first one, the higher the better, runs are sorted.
+        curve: the metric that is drawn over the epochs.
     """
     target = metrics[0]
     parallel = {"type": "PARALLEL", "selectedParams": list(swept), "selectedMetrics": [target], "showAllRuns": True}
-    charts = [parallel, *(_curve(metric) for metric in (target, *CURVES))]
+    charts = [parallel, *(_curve(metric) for metric in (curve, *CURVES))]
     named = {f"metrics.`{name}`": name for name in metrics} | {f"params.`{name}`": name for name in swept}
     state = {
         "orderByKey": f"metrics.`{target}`",

@@ -73,8 +73,8 @@ class Study(Settings):
     def _goes_together(self) -> Study:
         if len(set(self.objectives)) != len(self.objectives):
             raise ValueError("objectives: one is named twice")
-        if "val/rsum" not in self.objectives:
-            raise ValueError("objectives: val/rsum has to be among them, or the smallest model would win")
+        if self.objectives[0] != "val/rsum":
+            raise ValueError("objectives: val/rsum comes first; without it the smallest model would win")
         if self.pruning is not None and self.population is not None:
             raise ValueError("pruning and population: a population stops none of its trials; choose one of the two")
         if self.objectives != ("val/rsum",):

@@ -191,9 +191,7 @@ class StudySearch(OptunaSearch):  # type: ignore[misc]  # Ray leaves its classes
             space=self._values,
             metric=list(spec.objectives) if several else METRIC,
             mode=modes if several else "max",
-            sampler=make_sampler(
-                spec, sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
-            ),
+            sampler=make_sampler(spec, begun),
             storage=study._storage,
             study_name=study.study_name,
         )

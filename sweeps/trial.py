@@ -40,6 +40,7 @@ def train_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
     """
     from ray import tune
 
+    from setwise.sweeps import study_run
     from setwise.sweeps.study import BEST, FAILURE, METRIC, NUMBER, RETURNED_VALUES, TIME
 
     store = Path(settings["store"])
@@ -75,6 +76,9 @@ def train_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
         copy = course.copy if course is not None else None
         if copy is None:  # else it has a run, whose configuration stays the one it began with
             run.create(store / "runs", training.name, configuration.to_yaml(recipe), settings["study"], parent)
+            if not training.events.is_file():
+                note = study_run.trial_note(settings["study"], config[NUMBER], config[RETURNED_VALUES], seed)
+                Outbox(training.events).append({"kind": "tags", "values": {study_run.NOTE: note}})
         objectives |= _costs(training, recipe, store, tuple(settings["objectives"]))
         _train(recipe, training, store, report, copy)
     except Exception as error:

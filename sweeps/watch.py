@@ -51,7 +51,7 @@ class Watch(Callback):  # type: ignore[misc]  # Ray leaves its classes untyped
         self._limits.ended(None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._failed(trial, _last_words(trial))
+        self._failed(trial, last_words(trial))
 
     def _failed(self, trial: Any, reason: str) -> None:
         run = self._run(trial)
@@ -72,7 +72,7 @@ class Watch(Callback):  # type: ignore[misc]  # Ray leaves its classes untyped
         return {}  # Tune pickles its callbacks for a restore that is never made here
 
 
-def _last_words(trial: Any) -> str:
+def last_words(trial: Any) -> str:
     """The last line of what a trial's process died of."""
     lines = [line for line in str(trial.get_error() or "its process died").splitlines() if line.strip()]
     return lines[-1] if lines else "unknown"

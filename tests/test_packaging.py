@@ -35,7 +35,7 @@ def test_the_wheel_holds_every_module_recipe_preset_and_study(wheel: Path) -> No
     expected = {
         f"setwise/{folder}/{path.relative_to(ROOT / folder)}"
         for folder in FOLDERS
-        for pattern in ("*.py", "*.yaml", "recipes/*.yaml", "presets/*.yaml")
+        for pattern in ("*.py", "*.yaml", "gates/*.yaml", "pages/*.html", "presets/*.yaml", "recipes/*.yaml")
         for path in (ROOT / folder).glob(pattern)
     }
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}

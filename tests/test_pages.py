@@ -85,7 +85,9 @@ def seen(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen
     for one in runs:
         tracker.deliver(one)
     experiment = tracker.experiment_id(NAME)
-    tracker.client.set_experiment_tag(experiment, runs_view.TAG, runs_view.saved_view((SLOTS, ALPHA, MMD), COLUMNS))
+    tracker.client.set_experiment_tag(
+        experiment, runs_view.TAG, runs_view.saved_view((SLOTS, ALPHA, MMD), COLUMNS, curve="val/rsum")
+    )
     with ui(folder) as server:
         yield Seen(server, experiment, {one.name: tracker.run_id(one) for one in runs}, rsum)
 

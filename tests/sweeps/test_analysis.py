@@ -212,22 +212,9 @@ def test_a_study_of_any_shape_gets_a_page(shape: str, tmp_path: Path) -> None:
     json.dumps(found.to_json(), allow_nan=False)
 
 
-@pytest.mark.parametrize(
-    "objectives", [["val/rsum", "embedding_size", "query_ms"], ["embedding_size", "query_ms", "val/rsum"]]
-)
-def test_several_objectives_have_a_front_wherever_rsum_stands(objectives: list[str], tmp_path: Path) -> None:
+def test_several_objectives_have_a_front(tmp_path: Path) -> None:
     spec = spec_of(objectives=["val/rsum", "embedding_size", "query_ms"])
     study = several_objectives(spec, tmp_path)
-    if objectives[0] != "val/rsum":
-        again = optuna.create_study(directions=["minimize", "minimize", "maximize"])
-        for trial in study.get_trials():
-            values = trial.values and [*trial.values[1:], trial.values[0]]
-            again.add_trial(
-                optuna.trial.create_trial(
-                    state=trial.state, params=trial.params, distributions=trial.distributions, values=values
-                )
-            )
-        spec, study = spec_of(objectives=objectives), again
     found = analysis.of(study, spec, "tests", tmp_path)
     # sizes 16, 32, 48, 64 and 2, 3, 4 ms in turn: 8 has the highest RSUM, the smallest size and 4 ms
     beaten = {

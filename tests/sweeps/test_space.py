@@ -217,7 +217,8 @@ ALPHA = "space: {similarity.alpha: {uniform: [1, 20]}}\n"
     ("settings", "message"),
     [
         ("objectives: [val/rsum, query_ms]\npruning: {grace_epochs: 1}\n", "pruning: it goes by val/rsum alone"),
-        ("objectives: [embedding_size]\n", "val/rsum has to be among them"),
+        ("objectives: [embedding_size]\n", "val/rsum comes first"),
+        ("objectives: [query_ms, val/rsum]\n", "val/rsum comes first"),
         ("objectives: [val/rsum, val/rsum]\n", "one is named twice"),
         ("objectives: [val/rsum, speed]\n", "objectives"),
         ("population: {}\ntrials: 3\n", "it takes 4 trials"),
