@@ -92,7 +92,12 @@ def confirm(name: str, store: Path, tracker: Tracker, say: Say, best: int, seeds
                 for one in trainings:
                     courier.add(one.training)
                 try:
-                    _train(left, spec, base, name, store, Progress(left, base.train.epochs, courier, folder, say))
+                    for _ in range(studies.MAX_DEATHS):  # Tune gives up whose process dies while it is being set up
+                        if left := [one for one in left if not records.ended(one.training)]:
+                            progress = Progress(left, base.train.epochs, courier, folder, say)
+                            _train(left, spec, base, name, store, progress)
+                    for one in left:
+                        records.end(one.training, "FAILED", "its process died again and again")
                 except Stopped as reason:
                     say(f"stopped: {reason}. Nothing is lost, and the same command goes on")
             shutil.rmtree(folder / "tune", ignore_errors=True)
@@ -143,7 +148,7 @@ def _train(left: list[Again], spec: Study, base: Recipe, name: str, store: Path,
             name=f"confirm-{os.getpid()}",
             storage_path=str(store / "studies" / name / "tune"),
             callbacks=[progress],
-            failure_config=tune.FailureConfig(max_failures=sweeps.MAX_DEATHS),
+            failure_config=tune.FailureConfig(max_failures=studies.MAX_DEATHS),
             verbose=0,
         ),
     )
@@ -178,7 +183,7 @@ class Progress(Callback):  # type: ignore[misc]  # Ray leaves its classes untype
         self._end(trial, trial.last_result.get(FAILURE))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, last_words(trial))
+        self._say(f"{self._run(trial).name}: its process died ({last_words(trial)}); it goes on")
 
     def _end(self, trial: Any, failure: str | None) -> None:
         training = self._run(trial)

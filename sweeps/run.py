@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     import optuna
 
 Say = Callable[[str], None]
-MAX_DEATHS = 3
-"""How often a trial's process may die and be replaced; a training that fails by itself is not tried again."""
 
 
 def run_study(
@@ -104,7 +102,7 @@ def _tune(
         epochs = len(trial.intermediate_values) or base.train.epochs
         table.update(trial.number, trial.params, state, epochs, studies.value_of(trial))
     limits = Limits(store / "studies" / name, spec, gpus=resources.get("gpu", 0) * base.train.workers)
-    watch = Watch(table, courier, name, store, limits)
+    watch = Watch(table, courier, name, store, limits, study)
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(
@@ -127,7 +125,7 @@ def _tune(
             name=f"start-{os.getpid()}",
             storage_path=str(store / "studies" / name / "tune"),
             callbacks=[watch],
-            failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
+            failure_config=tune.FailureConfig(max_failures=studies.MAX_DEATHS),
             verbose=0,
         ),
     )

@@ -36,6 +36,9 @@ FAILURE = "failure"
 NUMBER = "trial"
 RETURNED_VALUES = "values"
 REASON = "reason"
+DEATHS = "deaths"
+MAX_DEATHS = 3
+"""How often a trial's process may die and be replaced; a training that fails by itself is not tried again."""
 URL = "SETWISE_OPTUNA_URL"
 PATIENCE_S = 60
 T = TypeVar("T")
@@ -223,7 +226,11 @@ class StudySearch(OptunaSearch):  # type: ignore[misc]  # Ray leaves its classes
         if result and METRIC in result:
             self.on_trial_result(trial_id, result)  # Tune hands the last result of a stopped trial to this call alone
         epoch = int(result[TIME]) if result and TIME in result else 0
-        failure = (result or {}).get(FAILURE) or ("its process died" if error else None)
+        failure = (result or {}).get(FAILURE)
+        if failure is None and error:
+            if self._hand_out_again(trial):
+                return
+            failure = f"its process died {MAX_DEATHS + 1} times"
         if failure is not None or epoch == 0:
             patiently(lambda: trial.set_user_attr(REASON, failure or "it ended before its first epoch"))
             self._tell(trial, None, TrialState.FAIL)
@@ -231,6 +238,17 @@ class StudySearch(OptunaSearch):  # type: ignore[misc]  # Ray leaves its classes
             self._tell(trial, None, TrialState.PRUNED)
         elif result is not None:
             self._tell(trial, [float(result[name]) for name in self._spec.objectives], None)
+
+    def _hand_out_again(self, trial: Trial) -> bool:
+        """Whether a trial whose process died stays running, to be handed out anew: Tune replaces most processes
+        itself, but gives a trial up whose process dies while it is being set up."""
+        deaths = self._ot_study.get_trials(deepcopy=False)[trial.number].user_attrs.get(DEATHS, 0) + 1
+        patiently(lambda: trial.set_user_attr(DEATHS, deaths))
+        if deaths > MAX_DEATHS:
+            return False
+        if self._spec.population is None:  # there the next start does it: a meeting counts its trials
+            self._left_running.append(trial.number)
+        return True
 
     def _tell(self, trial: Trial, values: list[float] | None, state: TrialState | None) -> None:
         patiently(lambda: self._ot_study.tell(trial, values, state=state, skip_if_finished=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import optuna
 from ray.tune import Callback
 
 from setwise.pipelines import records
@@ -19,7 +20,10 @@ from setwise.sweeps.study import FAILURE, METRIC, NUMBER, RETURNED_VALUES, TIME
 class Watch(Callback):  # type: ignore[misc]  # Ray leaves its classes untyped
     """Ray Tune calls it in the driver's process, in order of events."""
 
-    def __init__(self, table: TrialTable, courier: Courier, study: str, store: Path, limits: Limits) -> None:
+    def __init__(
+        self, table: TrialTable, courier: Courier, study: str, store: Path, limits: Limits, record: optuna.Study
+    ) -> None:
+        self._record = record
         self._table = table
         self._courier = courier
         self._study = study
@@ -51,7 +55,10 @@ class Watch(Callback):  # type: ignore[misc]  # Ray leaves its classes untyped
         self._limits.ended(None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._failed(trial, last_words(trial))
+        if self._record.get_trials(deepcopy=False)[trial.config[NUMBER]].state.is_finished():
+            self._failed(trial, last_words(trial))
+        else:  # the searcher, which is asked first, hands it out again
+            self._show(trial, "died", 0, None)
 
     def _failed(self, trial: Any, reason: str) -> None:
         run = self._run(trial)

@@ -129,6 +129,9 @@ def test_compare_eval_and_promote(store: Path, resumed: subprocess.CompletedProc
     assert "Not promoting" in refused.stderr and "--override" in refused.stderr
     champion = setwise(store, "promote", f"best:{STUDY}", "--dry-run")
     assert "champion already" in champion.stdout
+    ledger = json.loads(setwise(store, "models", "history", "digits", "--json").stdout)
+    assert len(ledger["entries"]) == 1, ledger
+    setwise(store, "doctor")
 
 
 def test_a_tampered_champion_is_not_served(store: Path, resumed: subprocess.CompletedProcess[str]) -> None:
@@ -203,9 +206,33 @@ def test_an_interrupted_sweep_goes_on(store: Path, resumed: subprocess.Completed
     ]
 
 
+def test_a_sweep_is_stopped_from_elsewhere_and_goes_on(store: Path, resumed: subprocess.CompletedProcess[str]) -> None:
+    settings = ("sweep", "digits", "train.epochs=60", "train.batch_size=20", "pruning=null", "--trials", "1")
+    sweep = start(store, *settings, "--name", "stopped")
+    trial = references.trial_run("stopped", 0, store)
+    wait_for(lambda: epochs_logged(trial) or sweep.poll() is not None, "its first epoch")
+    status = json.loads(setwise(store, "sweep", "status", "stopped", "--json").stdout)
+    assert status["owner"].startswith("process") and [one["state"] for one in status["trials"]] == ["running"]
+    assert "was stopped" in setwise(store, "sweep", "stop", "stopped").stdout
+    printed = sweep.communicate(timeout=60)[0]
+    assert sweep.returncode == 0 and "1 to go on" in printed, printed
+    command = printed.partition("To go on: setwise ")[2].splitlines()[0]
+    assert json.loads(setwise(store, "sweep", "status", "stopped", "--json").stdout)["owner"] is None
+    before = len(epochs_logged(trial))
+    assert 0 < before < 60
+    again = setwise(store, *command.split())
+    assert "1 were interrupted and resume" in again.stderr and "1 complete" in again.stdout
+    assert epochs_logged(trial) == list(range(1, 61))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
+        (("sweep", "stop", f"{STUDY}"), 2, "nobody is at work"),
+        (("sweep", "status", "digts-tiny"), 2, f"Did you mean '{STUDY}'?"),
+        (("sweep", "digits", "--budget", "8"), 2, "such as 8h"),
+        (("sweep", "digits", "sampler=grid"), 2, "a grid is made of choices"),
+        (("rollback", "digits"), 2, "digits"),
         (("train", "digits_cnn_bigruu"), 2, "Did you mean 'digits_cnn_bigru'?"),
         (("train", "digits_cnn_bigru", "model.temprature=3"), 2, "is not a setting"),
         (("train", "digits_cnn_bigru", "los.margin=3", "train.epochs=x"), 2, "2 mistakes; nothing was started"),

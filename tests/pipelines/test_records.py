@@ -81,16 +81,19 @@ def test_the_end_names_the_best_checkpoint_once(store: Path, tmp_path: Path, tin
     training = begin(store, tmp_path, tiny_recipe, "mine")
     state = {"w": torch.zeros(2)}
     checkpoint.save(training.checkpoints / "epoch_0003", state, {"epoch": 3}, {"optimizer": {}, "scaler": {}})
-    storage.write_json(training.folder / "best.json", {"checkpoint": "epoch_0003", "value": 1.0})
+    best = {"checkpoint": "epoch_0003", "metric": "val/rsum", "value": 1.0}
+    storage.write_json(training.folder / "best.json", best)
     assert not records.ended(training)
     records.end(training, "PRUNED")
     records.end(training, "FAILED", "a second end")
     assert records.ended(training)
     assert (tags(training)["setwise.status"], of_kind(training, "status")[-1]["value"]) == ("PRUNED", "FINISHED")
     assert "setwise.reason" not in tags(training)
-    best = of_kind(training, "artifact")[-1]
-    assert tags(training)["setwise.best_checkpoint"] == best["into"] == "checkpoints/epoch_0003"
-    checkpoint.verify(training.folder / best["path"])
+    files = of_kind(training, "artifact")[-1]
+    assert tags(training)["setwise.best_checkpoint"] == files["into"] == "checkpoints/epoch_0003"
+    checkpoint.verify(training.folder / files["path"])
+    (measured,) = of_kind(training, "metrics")
+    assert (measured["step"], measured["values"]) == (3, {"best/val/rsum": 1.0})
 
 
 def test_a_run_that_failed_before_its_first_epoch_says_why(store: Path, tmp_path: Path, tiny_recipe: Recipe) -> None:

@@ -69,11 +69,28 @@ def test_the_value_is_the_best_epoch_and_an_early_end_is_pruned(opened: tuple[op
         search.on_trial_result("a", result(epoch, rsum))
     search.on_trial_complete("a", result(4, 35.0, best=40.0))
     search.on_trial_complete("b", result(2, 12.0))
-    search.on_trial_complete("c", None, error=True)
-    search.on_trial_complete("d", result(LAST_EPOCH, 5.0), error=True)
+    search.on_trial_complete("c", {"epoch": 0, "failure": "no memory"})
     states = [(trial.state.name, trial.value) for trial in made.trials]
-    assert states == [("COMPLETE", 40.0), ("PRUNED", 12.0), ("FAIL", None), ("FAIL", None)]
-    assert [trial.number for trial in study.finished(made)] == [0, 1, 2, 3]
+    assert states == [("COMPLETE", 40.0), ("PRUNED", 12.0), ("FAIL", None), ("RUNNING", None)]
+    assert [trial.number for trial in study.finished(made)] == [0, 1, 2]
+
+
+def test_a_trial_that_tune_gave_up_is_handed_out_again_and_not_for_ever(
+    opened: tuple[optuna.Study, space.Study],
+) -> None:
+    made, spec = opened
+    search = searcher(made, spec)
+    first = search.suggest("a")
+    search.on_trial_result("a", result(1, 10.0))
+    for death, name in enumerate("abcd", start=1):
+        search.on_trial_complete(name, result(1, 10.0) if death == 2 else None, error=True)
+        if death <= study.MAX_DEATHS:
+            assert made.trials[0].state == TrialState.RUNNING
+            assert search.suggest(chr(ord(name) + 1)) == first
+    assert made.trials[0].state == TrialState.FAIL
+    assert made.trials[0].user_attrs["reason"] == "its process died 4 times"
+    after = search.suggest("e")
+    assert after is not None and after["trial"] == 1
 
 
 def test_a_failure_is_a_result_with_its_reason(opened: tuple[optuna.Study, space.Study]) -> None:

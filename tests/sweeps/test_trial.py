@@ -1,0 +1,112 @@
+"""One trial in this process: what it reports, and that its failure is a result with a reason."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray import tune
+
+from setwise.pipelines import train
+from setwise.pipelines.recipe import Recipe
+from setwise.platform import run
+from setwise.platform.errors import DivergedError
+from setwise.sweeps import trial
+
+ALPHA = "similarity.alpha"
+
+
+@pytest.fixture
+def reported(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
+    monkeypatch.setattr(tune, "report", results.append)
+    return results
+
+
+@pytest.fixture
+def own(store: Path, tmp_path: Path) -> Path:
+    """A store of its own with the data of the others, and a study in it."""
+    (tmp_path / "data").symlink_to(store / "data")
+    run.create(tmp_path / "studies", "mine", "a study\n", "mine")
+    return tmp_path
+
+
+def go(store: Path, recipe: Recipe, objectives: tuple[str, ...] = ("val/rsum",), **config: Any) -> run.Run:
+    settings = trial.settings_of("mine", recipe, store, objectives, population=False)
+    trial.train_trial({"trial": 3, "values": {ALPHA: 8.0}, **config}, settings)
+    seed = f"-seed{config['seed']}" if "seed" in config else ""
+    return run.Run(store / "runs" / f"mine-003{seed}")
+
+
+def test_each_epoch_is_reported_with_the_best_so_far(
+    own: Path, tiny_recipe: Recipe, reported: list[dict[str, Any]]
+) -> None:
+    trained = go(own, tiny_recipe, ("val/rsum", "embedding_size", "query_ms"))
+    assert [one["epoch"] for one in reported] == list(range(1, tiny_recipe.train.epochs + 1))
+    best = -math.inf
+    for one in reported:
+        best = max(best, one["rsum"])
+        assert (one["val/rsum"], one["trial"]) == (best, 3)
+        size = tiny_recipe.model.set_prediction.num_slots * tiny_recipe.model.embed_size
+        assert one["embedding_size"] == size and one["query_ms"] > 0
+    costs = [event["values"] for event in run.read_events(trained.events) if event.get("series") == "cost"]
+    assert costs == [{"cost/embedding_size": size, "cost/query_ms": reported[0]["query_ms"]}]
+    go(own, tiny_recipe, ("val/rsum", "embedding_size", "query_ms"))  # it was killed after its last epoch
+    again = reported[tiny_recipe.train.epochs :]
+    assert [one["query_ms"] for one in again] == [reported[0]["query_ms"]] * tiny_recipe.train.epochs
+
+
+def test_another_seed_is_another_run_beside_the_trial(
+    own: Path, tiny_recipe: Recipe, reported: list[dict[str, Any]]
+) -> None:
+    first, second = go(own, tiny_recipe), go(own, tiny_recipe, seed=5)
+    assert first.parent is not None and second.parent is not None
+    assert first.parent.name == second.parent.name == "mine" and second.name == "mine-003-seed5"
+    assert "seed: 5" in second.config.read_text() and "alpha: 8.0" in second.config.read_text()
+    half = len(reported) // 2
+    assert [one["rsum"] for one in reported[:half]] != [one["rsum"] for one in reported[half:]]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (DivergedError("the loss is not finite any more at step 7"), "the loss is not finite any more at step 7"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"), "out of memory: CUDA out of memory"),
+        (KeyError("x"), "KeyError: 'x'"),
+    ],
+)
+def test_a_failure_is_the_last_result(
+    own: Path,
+    tiny_recipe: Recipe,
+    reported: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    reason: str,
+) -> None:
+    real = train.train
+
+    def fails_after_an_epoch(recipe: Recipe, training: run.Run, store: Path, worker: Any, report: Any) -> None:
+        def then(values: dict[str, float]) -> None:
+            report(values)
+            raise error
+
+        real(recipe, training, store, worker, then)
+
+    monkeypatch.setattr(train, "train", fails_after_an_epoch)
+    failed = go(own, tiny_recipe)
+    assert [one["epoch"] for one in reported] == [1, 0]
+    assert reported[1]["failure"].startswith(reason)
+    assert math.isnan(reported[1]["rsum"]) and math.isnan(reported[1]["val/rsum"])
+    assert (failed.folder / "error.txt").is_file() == (not isinstance(error, DivergedError))
+
+
+def test_a_name_that_is_taken_is_a_failure_that_touches_nothing(
+    own: Path, tiny_recipe: Recipe, reported: list[dict[str, Any]]
+) -> None:
+    other = run.create(own / "runs", "mine-003", "data: {}\n", "another")
+    go(own, tiny_recipe)
+    assert "exists with another configuration" in reported[0]["failure"]
+    assert not other.events.exists()
