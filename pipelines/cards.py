@@ -18,17 +18,16 @@ from torch import Tensor
 from setwise.pipelines import attention, positives, ranking
 from setwise.pipelines.batches import Split, evaluation_pixels
 from setwise.pipelines.benchmarks import Outcome
-from setwise.pipelines.images import BadImageError, encode_jpeg, read_file, read_rgb, resize_shorter_side
+from setwise.pipelines.images import encode_jpeg, resize_shorter_side
 from setwise.pipelines.positives import Integers, Truth
 from setwise.pipelines.ranking import Member
-from setwise.pipelines.search import MAX_QUERY_CHARACTERS
+from setwise.pipelines.search import IMAGES, MAX_QUERY_CHARACTERS, image_file
 from setwise.pipelines.trained_model import Embeddings, TrainedModel
-from setwise.platform.errors import ConfigError, DataError
+from setwise.platform.errors import ConfigError
 
 Direction = Literal["i2t", "t2i"]
 RIGHT, ALSO, WRONG, UNKNOWN = "right", "also true", "wrong", ""
 TOP = 5
-IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 """What the name of an image's file ends in; a query that ends otherwise is a caption."""
 THUMBNAIL, QUALITY = 128, 85
 """Pixels along the side of a picture on the page, at most, and the quality of its JPEG."""
@@ -154,12 +153,7 @@ class Dealer:
             return self._card("t2i", None, Item("your caption", [text]), None, sets)
         if not self.has_pixels:
             raise ConfigError(f"{query}: {self.measured[0].label} reads region features, which no image file has")
-        try:
-            jpeg = encode_jpeg(read_rgb(read_file(Path(query))), quality=98)  # as `setwise search` reads it
-        except OSError as error:
-            raise DataError(f"{query}: cannot be read ({error.strerror})") from error
-        except BadImageError as error:
-            raise DataError(f"{query}: {error}") from error
+        jpeg = image_file(Path(query))
         views = [evaluation_pixels(jpeg, model.recipe.data) for model in models]
         sets = [model.encode_images(view[None])[0] for model, view in zip(models, views, strict=True)]
         return self._card("i2t", None, Item("your image", [Path(query).name], data_uri(views[0])), views[0], sets)

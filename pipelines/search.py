@@ -12,6 +12,8 @@ from setwise.pipelines.references import Reference
 from setwise.platform.errors import ConfigError, DataError
 
 MAX_QUERY_CHARACTERS = 2_000
+IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+"""Ends of names by which a query is an image file."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,12 @@ def search(query: str, reference: Reference, store: Path, top: int = 5, split: s
     sets = index.embeddings(model, prepared, gallery, store)
     name = prepared.manifest["name"]
 
-    if Path(query).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+    if Path(query).suffix.lower() in IMAGES:
         if prepared.kind == "regions":
             raise ConfigError(
                 f"{reference.label} reads region features of images, which no image file has; search with a caption"
             )
-        pixels = batches.evaluation_pixels(_image_file(Path(query)), model.recipe.data)
+        pixels = batches.evaluation_pixels(image_file(Path(query)), model.recipe.data)
         scores = model.scores(model.encode_images(pixels[None]), sets.text_sets)[0]
         hits: list[Hit] = []
         for place in scores.argsort(descending=True).tolist():
@@ -82,7 +84,7 @@ def search(query: str, reference: Reference, store: Path, top: int = 5, split: s
     return Answer(reference.label, name, split, found, model.vocabulary.unknown(text))
 
 
-def _image_file(path: Path) -> bytes:
+def image_file(path: Path) -> bytes:
     """The bytes of an image, checked and stored again as an upright RGB JPEG of high quality."""
     try:
         return encode_jpeg(read_rgb(read_file(path)), quality=98)

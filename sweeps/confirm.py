@@ -7,7 +7,6 @@ goes on where it was killed.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,28 +130,18 @@ def with_seed(row: Row, number: int, base: Recipe, name: str, store: Path) -> Ag
 
 def _train(left: list[Again], spec: Study, base: Recipe, name: str, store: Path, progress: Progress) -> None:
     """Train what is left, as many at once as a sweep would. Raises Stopped where somebody asked for it."""
-    resources, at_once = sweeps.shares(base.train, spec.trials_per_gpu)
+    share = sweeps.share_of(base.train, spec.trials_per_gpu)
     objectives = ("val/rsum",)  # the others are as they were: no seed changes them
-    trainable = tune.with_parameters(
-        _train_again, settings=settings_of(name, base, store, objectives, population=False)
-    )
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, resources),
+    settings = settings_of(name, base, store, objectives, population=False)
+    sweeps.make_tuner(
+        tune.with_parameters(_train_again, settings=settings),
+        share,
+        base.train,
+        store / "studies" / name,
+        progress,
         param_space={AGAIN: tune.grid_search([one.to_config() for one in left])},
-        tune_config=tune.TuneConfig(
-            max_concurrent_trials=at_once,
-            reuse_actors=base.train.workers == 1,
-            trial_dirname_creator=lambda trial: trial.trial_id,
-        ),
-        run_config=tune.RunConfig(
-            name=f"confirm-{os.getpid()}",
-            storage_path=str(store / "studies" / name / "tune"),
-            callbacks=[progress],
-            failure_config=tune.FailureConfig(max_failures=studies.MAX_DEATHS),
-            verbose=0,
-        ),
-    )
-    tuner.fit()
+        max_concurrent_trials=share.at_once,
+    ).fit()
 
 
 def _train_again(config: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -11,8 +11,9 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from setwise.pipelines import prepare, pretrained, records, references
 from setwise.pipelines.recipe import Recipe, TrainConfig
@@ -95,39 +96,27 @@ def _tune(
     from setwise.sweeps.watch import Watch
 
     done = studies.finished(study)
-    resources, at_once = shares(base.train, spec.trials_per_gpu)
+    share = share_of(base.train, spec.trials_per_gpu)
     table = TrialTable(name, spec.trials, base.train.epochs)
     for trial in done:
         state = {"COMPLETE": "complete", "PRUNED": "pruned"}.get(trial.state.name, "failed")
         epochs = len(trial.intermediate_values) or base.train.epochs
         table.update(trial.number, trial.params, state, epochs, studies.value_of(trial))
-    limits = Limits(store / "studies" / name, spec, gpus=resources.get("gpu", 0) * base.train.workers)
-    watch = Watch(table, courier, name, store, limits, study)
-    tuner = tune.Tuner(
-        tune.with_resources(
-            tune.with_parameters(
-                train_trial,
-                settings=settings_of(name, base, store, spec.objectives, population=spec.population is not None),
-            ),
-            resources,
-        ),
-        tune_config=tune.TuneConfig(
-            search_alg=studies.StudySearch(study, spec, config.flatten(base), base.train.epochs),
-            scheduler=population.make_scheduler(spec, study, store / "studies" / name, base.train.epochs)
-            or studies.make_scheduler(spec.pruning, study, base.train.epochs),
-            num_samples=max(spec.trials - len(done), len(studies.left_running(study))),
-            # A population is there as a whole, and its trials take turns.
-            max_concurrent_trials=spec.trials if spec.population is not None else at_once,
-            reuse_actors=base.train.workers == 1,
-            trial_dirname_creator=lambda trial: trial.trial_id,
-        ),
-        run_config=tune.RunConfig(
-            name=f"start-{os.getpid()}",
-            storage_path=str(store / "studies" / name / "tune"),
-            callbacks=[watch],
-            failure_config=tune.FailureConfig(max_failures=studies.MAX_DEATHS),
-            verbose=0,
-        ),
+    folder = store / "studies" / name
+    watch = Watch(table, courier, name, store, Limits(folder, spec, share.gpus), study)
+    settings = settings_of(name, base, store, spec.objectives, population=spec.population is not None)
+    tuner = make_tuner(
+        tune.with_parameters(train_trial, settings=settings),
+        share,
+        base.train,
+        folder,
+        watch,
+        search_alg=studies.StudySearch(study, spec, config.flatten(base), base.train.epochs),
+        scheduler=population.make_scheduler(spec, study, folder, base.train.epochs)
+        or studies.make_scheduler(spec.pruning, study, base.train.epochs),
+        num_samples=max(spec.trials - len(done), len(studies.left_running(study))),
+        # A population is there as a whole, and its trials take turns.
+        max_concurrent_trials=spec.trials if spec.population is not None else share.at_once,
     )
     stopped = None
     with table:
@@ -139,15 +128,54 @@ def _tune(
     return stopped
 
 
-def shares(train: TrainConfig, trials_per_gpu: int) -> tuple[dict[str, float], int]:
-    """What a trial's process holds of the cluster, and how many trials run at once."""
+def make_tuner(
+    trainable: Any,
+    share: Share,
+    train: TrainConfig,
+    folder: Path,
+    callback: Any,
+    param_space: dict[str, Any] | None = None,
+    **tuned: Any,
+) -> Any:
+    """A Tuner over trainings for the study in `folder`; it is made anew at each start, and its files are never read."""
+    from ray import tune
+
+    from setwise.sweeps import study as studies
+
+    return tune.Tuner(
+        tune.with_resources(trainable, share.resources),
+        param_space=param_space,
+        tune_config=tune.TuneConfig(
+            reuse_actors=train.workers == 1, trial_dirname_creator=lambda trial: trial.trial_id, **tuned
+        ),
+        run_config=tune.RunConfig(
+            name=f"start-{os.getpid()}",
+            storage_path=str(folder / "tune"),
+            callbacks=[callback],
+            failure_config=tune.FailureConfig(max_failures=studies.MAX_DEATHS),
+            verbose=0,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the process of a trial holds of the cluster, how many trials run at once, and the GPUs that one uses."""
+
+    resources: dict[str, float]
+    at_once: int
+    gpus: float
+
+
+def share_of(train: TrainConfig, trials_per_gpu: int) -> Share:
+    """As many trials at once as the cluster has room for."""
     gpus, cpus = cluster.gpus(), cluster.cpus()
     if train.workers > 1:
         # The trial itself only waits for its workers; were it to hold a CPU, trials could take all and wait for ever.
-        return {"cpu": 0.01}, max(1, (gpus or cpus) // train.workers)
+        return Share({"cpu": 0.01}, max(1, (gpus or cpus) // train.workers), train.workers if gpus else 0)
     if gpus:
-        return {"cpu": 1, "gpu": 1 / trials_per_gpu}, gpus * trials_per_gpu
-    return {"cpu": train.threads}, max(1, cpus // train.threads)
+        return Share({"cpu": 1, "gpu": 1 / trials_per_gpu}, gpus * trials_per_gpu, 1 / trials_per_gpu)
+    return Share({"cpu": train.threads}, max(1, cpus // train.threads), 0)
 
 
 def _reconcile(study: optuna.Study, name: str, store: Path) -> None:

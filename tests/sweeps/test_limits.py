@@ -78,3 +78,29 @@ def test_a_budget_is_a_number_and_a_unit(text: str, hours: float) -> None:
 def test_any_other_budget_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         limits.parse_hours(text)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "workers", "threads", "at_once", "used"),
+    [
+        (0, 2, 1, 1, 2, 0),
+        (0, 8, 1, 4, 2, 0),
+        (0, 1, 1, 4, 1, 0),
+        (0, 8, 4, 1, 2, 0),
+        (4, 16, 1, 1, 8, 0.5),
+        (4, 16, 2, 1, 2, 2),
+        (1, 16, 2, 1, 1, 2),
+    ],
+)
+def test_as_many_trials_run_as_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, cpus: int, workers: int, threads: int, at_once: int, used: float
+) -> None:
+    from setwise.pipelines.recipe import TrainConfig
+    from setwise.platform import cluster
+    from setwise.sweeps import run as sweeps
+
+    monkeypatch.setattr(cluster, "gpus", lambda: gpus)
+    monkeypatch.setattr(cluster, "cpus", lambda: cpus)
+    share = sweeps.share_of(TrainConfig(workers=workers, threads=threads), trials_per_gpu=2)
+    assert (share.at_once, share.gpus) == (at_once, used)
+    assert all(held > 0 for held in share.resources.values())
