@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Checkpoints: list, show, clean up, export.", no_args_is_help=True)
 
-RunsArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[STUDY|RUN]...", help="studies or runs [default: all]")
-]
+RunsArgument = Annotated[list[str] | None, typer.Argument(metavar="[STUDY|RUN]...", help="studies or runs; else all")]
 MB = 1e6
 
 
@@ -80,7 +78,7 @@ def checkpoint_gc(
     best_of_study: Annotated[int, typer.Option(min=0, help="keep this many, the best of each study")] = 1,
     best: Annotated[int, typer.Option(min=0, help="keep this many, the best of each run")] = 1,
     latest: Annotated[int, typer.Option(min=0, help="keep this many, the latest of each run")] = 1,
-    apply: Annotated[bool, typer.Option("--apply", help="remove what goes [default: only say so]")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="remove what goes; without it, it is only said")] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -21,11 +21,13 @@ from setwise.pipelines.terminal import (
     Overrides,
     Ref,
     StoreOption,
+    check_port,
     emit,
     offer,
     open_store,
     open_tracker,
     progress,
+    repeated,
     results,
     say,
 )
@@ -130,7 +132,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="recipe, by name or file")],
     overrides: Overrides = None,
     name: Annotated[
-        str | None, typer.Option(help="name of the run [default: recipe and a hash of its settings]")
+        str | None, typer.Option(help="name of the run; else the recipe's and a hash of its settings")
     ] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, max=1000, help="train it so many times, as NAME-seed0, NAME-seed1, ...")
@@ -163,12 +165,11 @@ def train(
         loaded = estimate.settled(loaded, on, folder)
     planned = launch.plans(recipe, loaded, name, seeds, folder)
     say(planned[0].describe() + (f"; {seeds} seeds" if seeds is not None else ""))
-    again = ["setwise train", recipe, *(overrides or []), *(["--on", on] if on is not None else [])]
-    again += ["--name", launch.title_of(planned)] + (["--seeds", str(seeds)] if seeds is not None else [])
+    options: dict[str, object] = {"--on": on, "--name": launch.title_of(planned), "--seeds": seeds, "--store": store}
     try:
         runs = launch.execute(planned, open_tracker(folder), say)
     except KeyboardInterrupt:
-        say(f"interrupted; nothing is lost. To go on: {' '.join(again)}")
+        say(f"interrupted; nothing is lost. To go on: {repeated(['train', recipe, *(overrides or [])], options)}")
         raise
     best = {run.name: references.best_value(run) for run in runs}
     if as_json:
@@ -261,7 +262,7 @@ def gallery(
 @app.command()
 def search(
     query: Annotated[str, typer.Argument(help="a caption in quotes, or the path of an image")],
-    reference: Annotated[str | None, typer.Option("--model", help="REF of the model [default: the champion]")] = None,
+    reference: Annotated[str | None, typer.Option("--model", help="REF of the model; else the champion")] = None,
     top: Annotated[int, typer.Option("-k", "--top", min=1, max=1000)] = 5,
     save: Annotated[Path | None, typer.Option(help="write the images found to this folder")] = None,
     store: StoreOption = None,
@@ -294,12 +295,20 @@ def ui(
 
     folder = open_store(store)
     tracker = open_tracker(folder)
+    if tracker.uri.startswith("http"):
+        say("these pages are on a server already; open its address in a browser")
+        results.print(tracker.address, soft_wrap=True, markup=False)
+        return
+    check_port(port)
     say(f"MLflow on http://127.0.0.1:{port}, showing {tracker.address}; Ctrl-C ends it")
     for title in status.names(folder):
         if (experiment := tracker.client.get_experiment_by_name(title)) is not None:
             say(f"  study {title}: {runs_view.address(f'http://127.0.0.1:{port}', experiment.experiment_id)}")
-    arguments = ["--backend-store-uri", tracker.uri, "--default-artifact-root", tracker.artifacts.as_uri()]
-    server = ["-m", "mlflow", "server", *arguments, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    server = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    # Not in the arguments, where everybody would read a password.
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = os.environ["MLFLOW_REGISTRY_STORE_URI"] = tracker.uri
+    os.environ["MLFLOW_DEFAULT_ARTIFACT_ROOT"] = tracker.artifacts.as_uri()
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of MLflow's own parts, which a user cannot change
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # nobody runs jobs through these pages
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.execv(sys.executable, [sys.executable, *server])

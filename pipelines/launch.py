@@ -19,6 +19,8 @@ from setwise.platform.tracking import Courier, Tracker
 
 Say = Callable[[str], None]
 POLL_S = 0.3
+WORKER_CPUS = 0.99
+"""Of a worker without a GPU: whole ones would leave no room for a sweep's trial, which waits for them with 0.01."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def train_with_ray(
         train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": str(training.folder), "store": str(store)},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": 1}
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": WORKER_CPUS}
         ),
         run_config=RunConfig(
             name=attempt,

@@ -14,7 +14,7 @@ from rich.text import Text
 from setwise.pipelines.terminal import JsonOption, Ref, StoreOption, emit, open_store, open_tracker, results, say
 
 if TYPE_CHECKING:
-    from setwise.pipelines.promotion_ledger import Ledger
+    from setwise.pipelines.promotion_ledger import Entry
 
 app = typer.Typer(help="Registered models: list them, their history, and repair.", no_args_is_help=True)
 
@@ -24,7 +24,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="registered model: s
 def promote(
     reference: Ref,
     gate: Annotated[
-        Path | None, typer.Option("--gate", metavar="FILE", help="YAML: limits by metric [default: nowhere worse]")
+        Path | None, typer.Option("--gate", metavar="FILE", help="YAML: limits by metric; else nowhere worse")
     ] = None,
     store: StoreOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="decide, and change nothing")] = False,
@@ -40,7 +40,12 @@ def promote(
     tracker = open_tracker(folder)
     resolved = references.resolve(reference, folder, tracker)
     say(f"evaluating {resolved.label} on the test split")
-    done = promotion.promote(resolved, folder, tracker, dry_run, override, asked, say)
+    try:
+        done = promotion.promote(resolved, folder, tracker, dry_run, override, asked, say)
+    except promotion.RefusedError as refused:
+        if as_json:
+            emit(refused.promotion.to_json(resolved.label))
+        raise
     if as_json:
         emit(done.to_json(resolved.label))
     else:
@@ -108,7 +113,8 @@ def models_history(model: Model, store: StoreOption = None, as_json: JsonOption 
     if as_json:
         emit({"name": ledger.name, "entries": [entry.to_json() for entry in ledger.entries]})
     else:
-        results.print(_history_table(ledger))
+        for number, entry in enumerate(ledger.entries, start=1):
+            results.print(_entry(number, entry), soft_wrap=True, markup=False)
 
 
 @app.command("repair")
@@ -137,17 +143,18 @@ def _models_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _history_table(ledger: Ledger) -> Table:
-    """One entry a row: candidate's values, the champion's in brackets."""
-    table = Table("", "time (UTC)", "what", "version", "replaces", "run", "values (replaced)", "reason", "who")
-    for number, entry in enumerate(ledger.entries, start=1):
-        when = f"{datetime.fromtimestamp(entry.time, UTC):%Y-%m-%d %H:%M:%S}"
-        values = [f"{metric} {_number(new)} ({_number(old)})" for metric, (new, old) in entry.numbers.items()]
-        reason = entry.reason if entry.override is None else f"{entry.override} [gate: {entry.reason}]"
-        replaces = "" if entry.replaces is None else str(entry.replaces)
-        cells = [str(number), when, entry.kind, str(entry.version), replaces, entry.run, "\n".join(values), reason]
-        table.add_row(*(Text(cell, overflow="fold") for cell in [*cells, entry.who]))
-    return table
+def _entry(number: int, entry: Entry) -> str:
+    """One entry of a ledger in some lines."""
+    when = f"{datetime.fromtimestamp(entry.time, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    replaces = "" if entry.replaces is None else f" in place of version {entry.replaces}"
+    lines = [f"{number:>3}  {when}  {entry.kind}: version {entry.version} ({entry.run}){replaces}, by {entry.who}"]
+    if entry.override is not None:
+        lines += [f"     reason: {entry.override}", f"     gate: {entry.reason}"]
+    elif entry.reason:
+        lines.append(f"     reason: {entry.reason}")
+    for metric, (new, old) in entry.numbers.items():
+        lines.append(f"     {metric} {_number(new)}" + (f", before {_number(old)}" if old is not None else ""))
+    return "\n".join(lines)
 
 
 def _number(value: float | None) -> str:

@@ -48,7 +48,7 @@ class Promotion:
     changed: bool
 
     def describe(self, label: str) -> str:
-        champion = f"{self.version.name} version {self.version.version}" if self.version else "none"
+        champion = f"{self.version.name} version {self.version.version}" if self.version else "none yet"
         if self.changed:
             by_hand = "" if self.decision.met else f", against the gate, because: {self.decision.override}"
             return f"{label} is the champion now: {champion}{by_hand}. Reason: {self.decision.reason}"
@@ -58,6 +58,14 @@ class Promotion:
     def to_json(self, label: str) -> dict[str, Any]:
         version = self.version and {"name": self.version.name, "version": self.version.version}
         return {"reference": label, "changed": self.changed, "champion": version, "decision": self.decision.to_json()}
+
+
+class RefusedError(GateError):
+    """The gate was not met; `promotion` has the numbers."""
+
+    def __init__(self, message: str, promotion: Promotion) -> None:
+        super().__init__(message)
+        self.promotion = promotion
 
 
 def load_gate(path: Path = DEFAULT_GATE) -> Gate:
@@ -98,7 +106,7 @@ def promote(
         asked: the gate; None for the default one.
 
     Raises:
-        GateError: the gate refused; nothing was changed.
+        RefusedError: the gate refused; nothing was changed.
         ConfigError: the checkpoint belongs to no run of this store, or `override` gives no reason.
     """
     if override is not None and not override.strip():
@@ -132,7 +140,8 @@ def promote(
                     tracker.client.delete_model_version(name, str(made.version))
                 if dry_run or same:
                     return Promotion(decision, current, changed=False)
-                raise GateError(_refusal(reference.label, name, decision, current))
+                refused = Promotion(decision, current, changed=False)
+                raise RefusedError(_refusal(reference.label, name, decision, current), refused)
             if source is None:  # takes a while
                 source, manifest = _upload(run, reference, tracker)
                 if promotion_ledger.read(tracker, name) != seen:
@@ -186,10 +195,8 @@ def _decide(
 
 
 def _refusal(label: str, name: str, decision: Decision, current: Version | None) -> str:
-    return (
-        f"Not promoting {label}: {decision.reason}. Champion stays {name} version "
-        f'{current.version if current else "none"}. To promote all the same: --override "the reason"'
-    )
+    stays = f"Champion stays {name} version {current.version}" if current else f"{name} has no champion yet"
+    return f'Not promoting {label}: {decision.reason}. {stays}. To promote all the same: --override "the reason"'
 
 
 def _intervals(

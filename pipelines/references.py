@@ -135,19 +135,21 @@ def best_of(study: str, store: Path) -> Run:
 
     Once trials have been trained again with other seeds (`STUDY-007-seed1`) to their end, those alone are candidates,
     each with the mean over its seeds: of many single values the highest is in part luck. Before that, it is the highest
-    value.
+    value. A trial that failed is never the best, however high it came before.
 
     Raises:
         ConfigError: there is no such study.
-        DataError: none of its trials has a checkpoint.
+        DataError: none of its trials has a checkpoint, but perhaps some that failed.
     """
     trials = trials_of(study, store)
     if not trials:
         known = sorted(path.name for path in (store / "studies").glob("*") if path.is_dir())
         raise config.no_such("study", study, known)
-    values = {trial: [value] for trial in trials if (value := best_value(trial)) is not None}
+    valued = {trial: [value] for trial in trials if (value := best_value(trial)) is not None}
+    values = {trial: found for trial, found in valued.items() if trial.status != "FAILED"}
     if not values:
-        raise DataError(f"no trial of study '{study}' has a checkpoint yet")
+        failed = f", but for {len(valued)} that failed" if valued else ""
+        raise DataError(f"no trial of study '{study}' has a checkpoint yet{failed}")
     by_name = {trial.name: found for trial, found in values.items()}
     for run in all_runs(store):
         first = by_name.get(configuration(run.name))

@@ -20,7 +20,7 @@ from typing import Any
 from setwise.pipelines import lineage, records, references
 from setwise.pipelines.lineage import Stored
 from setwise.platform import storage
-from setwise.platform.errors import UnreachableError
+from setwise.platform.errors import ConfigError, UnreachableError
 from setwise.platform.run import Run
 from setwise.platform.storage import LeaseHeldError
 from setwise.platform.tracking import RUN_TAG, Tracker
@@ -103,10 +103,15 @@ def plan(store: Path, tracker: Tracker, keep: Keep, chosen: Collection[Run]) -> 
     """What becomes of the checkpoints of the `chosen` runs. Ranks of a study count all of its runs.
 
     Raises:
+        ConfigError: a chosen run is not in this store, so nothing is known of it; another of its name may be here.
         UnreachableError: the tracking store does not answer, so what is registered is not known.
         DataError: a run's lineage.json cannot be read, so what it still needs is not known.
     """
     runs = references.all_runs(store)
+    if foreign := [run for run in chosen if run not in runs]:
+        raise ConfigError(
+            f"{foreign[0].folder} is no run of the store {store}. Name the store it is in: --store FOLDER"
+        )
     registered = Registered.read(tracker, runs)
     unfinished = [run for run in runs if not records.ended(run)]
     needed = {
@@ -114,10 +119,12 @@ def plan(store: Path, tracker: Tracker, keep: Keep, chosen: Collection[Run]) -> 
         for run in unfinished
         for parent in lineage.parents(run)
     }
+    # A study that had ended and then got more trials says so only when it ends again; its trials may copy each other.
+    resumable = {lineage.place(run)[0] for run in unfinished}
     candidates = []
     for run in runs:
         found = tuple(lineage.stored(run))
-        reasons = [*_in_use(run, store), *registered.whole(run)]
+        reasons = [*_in_use(run, store, resumable), *registered.whole(run)]
         if run in unfinished:
             reasons.append("unfinished: it may be resumed")
         own = {name: reason for (owner, name), reason in needed.items() if owner == run.name}
@@ -226,11 +233,11 @@ def _leases(run: Run, store: Path) -> list[Path]:
     return [*of_study, run.folder / "lease", run.folder / "writer.lease"]
 
 
-def _in_use(run: Run, store: Path) -> list[str]:
-    """Why a run, or the study it belongs to, is not at rest."""
+def _in_use(run: Run, store: Path, studies: Collection[str | None]) -> list[str]:
+    """Why a run, or the study it belongs to, is not at rest; `studies` have trainings that are unfinished."""
     owners = {owner for path in _leases(run, store) if (owner := storage.lease_owner(path))}
     study = lineage.place(run)[0]
-    resumable = study is not None and not records.ended(Run(store / "studies" / study))
+    resumable = study is not None and (study in studies or not records.ended(Run(store / "studies" / study)))
     return [
         *(f"in use by {owner}" for owner in sorted(owners)),
         *([f"its study {study} is unfinished and may be resumed"] if resumable else []),

@@ -67,7 +67,8 @@ def differences(
     Args:
         candidate: one outcome a seed.
         baseline: likewise; as many or another number.
-        resamples: the smallest p-value there can be is 2 / (resamples + 1).
+        resamples: the smallest p-value there can be is 2 / (resamples + 1), and of few images 2 / 2^images, as if the
+            sign of each image's difference had been drawn: they resample to nothing else where all agree.
         seed: of the resampling; the same arguments give the same intervals.
 
     Returns:
@@ -95,7 +96,7 @@ def differences(
     tail = (100 - CONFIDENCE) / 2
     low_M, high_M = np.percentile(drawn_RM, [tail, 100 - tail], axis=0)
     beyond_M = np.minimum((drawn_RM <= 0).sum(axis=0), (drawn_RM >= 0).sum(axis=0))
-    p_M = np.minimum(1, 2 * (beyond_M + 1) / (resamples + 1))
+    p_M = np.clip(2 * (beyond_M + 1) / (resamples + 1), 2.0 ** (1 - images), 1)
     each = zip(names, value_M, low_M, high_M, p_M, strict=True)
     return {name: Difference(*map(float, numbers)) for name, *numbers in each}
 

@@ -160,7 +160,7 @@ def notes(compared: SideBySide) -> list[str]:
         lines.append(f"not finished: {', '.join(compared.unfinished)}")
     for name, lacking in compared.unmeasured.items():
         ties = " --ties official" if lacking and all(one.endswith(OFFICIAL) for one in lacking) else ""
-        lines.append(f"not measured of {name}: {', '.join(lacking) or 'anything'}. Do so: setwise eval {name}{ties}")
+        lines.append(f"not measured of {name}: {', '.join(lacking) or 'all'}. Do so: setwise eval {name}{ties}")
     return lines + _not_alike(compared)
 
 

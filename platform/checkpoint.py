@@ -64,8 +64,10 @@ def write_manifest(folder: Path) -> None:
 
 
 def copy_for_inference(source: Path, target: Path) -> None:
-    """A verified copy of a checkpoint without its training state."""
+    """A verified copy of a checkpoint without its training state; one that lies there already stays."""
     verify(source)
+    if target.exists() and target.samefile(source):
+        return
     target.mkdir(parents=True, exist_ok=True)
     for name in INFERENCE_FILES:
         shutil.copyfile(source / name, target / name)

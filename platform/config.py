@@ -23,6 +23,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from setwise.platform.errors import ConfigError
 
 MAX_BYTES = 1_000_000
+MAX_NAMES = 40
+"""Names that an error lists: a store may have thousands of runs."""
 MAX_NODES = 20_000  # a few lines of nested aliases can expand to billions of nodes
 
 
@@ -114,7 +116,7 @@ def parse_yaml(data: bytes, source: str) -> Layer:
     try:
         node = YAML(typ="rt").load(io.StringIO(data.decode("utf-8")))
         if node is None:
-            return Layer()
+            return Layer(places={(): Place(source)})
         if not isinstance(node, Mapping):
             raise ConfigError(f"{source}: expected a mapping of settings, found {type(node).__name__}")
         layer = Layer()
@@ -249,6 +251,8 @@ def _explain(model: type[BaseModel], layer: Layer, item: dict[str, Any]) -> str:
     place = place_of(layer, keys)
     if item["type"] == "extra_forbidden":
         nearest = nearest_name(name, dotted_names(model))
+        if nearest and nearest.rpartition(".")[0] == ".".join(map(str, keys[:-2])):  # of a section with a free name
+            nearest = ".".join([*map(str, keys[:-1]), nearest.rpartition(".")[2]])
         if nearest == name:  # of another kind of section
             sections = (_lookup(layer.values, keys[:length]) for length in range(len(keys) - 1, -1, -1))
             kind = next(
@@ -321,7 +325,10 @@ def no_such(what: str, name: str, known: Sequence[str], more: str = "") -> Confi
     """The error for a name that nothing has, with the nearest and all that there are."""
     nearest = nearest_name(name, known)
     hint = f" Did you mean '{nearest}'?" if nearest else ""
-    return ConfigError(f"no {what} is called '{name}'.{hint} There are: {', '.join(known) or 'none'}{more}.")
+    if not known:
+        return ConfigError(f"no {what} is called '{name}'; there is none{more}.")
+    rest = f", and {len(known) - MAX_NAMES} more" if len(known) > MAX_NAMES else ""
+    return ConfigError(f"no {what} is called '{name}'.{hint} There are: {', '.join(known[:MAX_NAMES])}{rest}{more}.")
 
 
 def names_in(folder: Path) -> list[str]:

@@ -108,7 +108,8 @@ def decide(
     better: list[str] = []
     for name, limit, old in judged:
         if name not in candidate:
-            missed.append(f"{name} was not measured of the candidate")
+            there = ", ".join(dict.fromkeys(one.partition("/")[0] for one in candidate)) or "nothing"
+            missed.append(f"{name} was not measured of the candidate (measured: {there})")
             continue
         value = candidate[name].value
         if not math.isfinite(value):

@@ -86,7 +86,12 @@ def without_password(uri: str) -> str:
 
 
 def unreachable(uri: str, error: Exception) -> UnreachableError:
-    return UnreachableError(f"tracking store {without_password(uri)}: {error}")
+    if "ConnectionPool" not in str(error):
+        return UnreachableError(f"tracking store {without_password(uri)}: {error}")
+    found = re.search(r"\[Errno -?\d+\] ([^\"')]+)|timed out", str(error))
+    reason = "no answer" if found is None else found[1] or found[0]
+    hint = "Is the server running, and MLFLOW_TRACKING_URI its address?"
+    return UnreachableError(f"tracking store {without_password(uri)} does not answer ({reason}). {hint}")
 
 
 def is_away(error: Exception) -> bool:

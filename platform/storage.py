@@ -115,6 +115,9 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+LOOK_S = 0.2  # longer than `lease_owner` keeps a lease from its next owner as it looks
+
+
 class LeaseHeldError(SetwiseError):
     """Somebody else is at work under this name."""
 
@@ -133,7 +136,7 @@ def lease(path: Path, what: str, wait_s: float = 0) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as stream:
-        deadline = time.monotonic() + wait_s
+        deadline = time.monotonic() + max(wait_s, LOOK_S)
         while True:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,7 +146,7 @@ def lease(path: Path, what: str, wait_s: float = 0) -> Iterator[None]:
                     stream.seek(0)
                     owner = stream.read().strip() or "an unknown process"
                     raise LeaseHeldError(f"{what} is in use by {owner}. Wait for it, or stop it.") from None
-            time.sleep(0.1)
+            time.sleep(0.05)
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {os.uname().nodename}")
         stream.flush()

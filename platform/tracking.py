@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 RUN_TAG = "setwise.run"
 KEY_TAG = "setwise.key"
 MAX_PARAM_LENGTH = 6000  # MLflow's limit for a parameter's value
+MAX_TAG_LENGTH = 8000  # of a run's tag
+MAX_EXPERIMENT_TAG_LENGTH = 20_000  # of an experiment's, beyond which it is refused
 BATCH = 1000  # MLflow's limit for metrics in one call
 PATIENCE_S = 30  # until a call hangs: MLflow itself waits up to 20 s for a locked sqlite
 OPENING_S = 180  # the same for importing MLflow and creating its tables
@@ -210,14 +212,16 @@ class Tracker:
 
         match event["kind"]:
             case "params":
-                params = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in event["values"].items()]
+                params = [Param(key, _text(value, MAX_PARAM_LENGTH)) for key, value in event["values"].items()]
                 self.client.log_batch(run_id, params=params)
             case "tags":
-                self.client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in event["values"].items()])
+                self.client.log_batch(
+                    run_id, tags=[RunTag(k, _text(v, MAX_TAG_LENGTH)) for k, v in event["values"].items()]
+                )
             case "experiment_tags":
                 experiment = self.experiment_id(run.experiment)
                 for key, value in event["values"].items():
-                    self.client.set_experiment_tag(experiment, key, value)
+                    self.client.set_experiment_tag(experiment, key, _text(value, MAX_EXPERIMENT_TAG_LENGTH))
             case "dataset":
                 dataset = Dataset(event["name"], event["digest"], "local", json.dumps({"uri": event["source"]}))
                 self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
@@ -238,6 +242,14 @@ class Tracker:
                         if twin != run_id:
                             self.client.delete_run(twin)
                 self.client.set_terminated(run_id, event["value"], end_time=event["time"])
+
+
+def _text(value: object, limit: int) -> str:
+    """A value as every store takes it: one that it refused would keep back all that comes after.
+
+    The name of a file, in the reason of a failure, may hold what is no text.
+    """
+    return str(value).replace("\0", "?").encode(errors="replace").decode()[:limit]
 
 
 def _batches(lines: list[tuple[list[Event], int]]) -> Iterator[tuple[list[Event], int]]:

@@ -27,7 +27,7 @@ from setwise.sweeps import analysis, candidates
 from setwise.sweeps import run as sweeps
 from setwise.sweeps import study as studies
 from setwise.sweeps.analysis import Row
-from setwise.sweeps.limits import Stopped
+from setwise.sweeps.limits import Stopped, forget_stop
 from setwise.sweeps.space import Study, with_values
 from setwise.sweeps.study import FAILURE, METRIC, NUMBER, RETURNED_VALUES, TIME
 from setwise.sweeps.trial import settings_of, train_trial
@@ -78,12 +78,14 @@ def confirm(name: str, store: Path, tracker: Tracker, say: Say, best: int, seeds
     pretrained.locate(base, store / "weights")
     folder = store / "studies" / name
     with storage.lease(folder / "lease", f"study '{name}'"):
+        forget_stop(folder)
         found = analysis.of(studies.load(folder, name), spec, name, store)
         chosen = to_confirm(found, best)
         trainings = [with_seed(row, number, base, name, store) for number in range(1, seeds) for row in chosen]
         left = [one for one in trainings if not records.ended(one.training)]
+        count = "1 training" if len(trainings) == 1 else f"{len(trainings)} trainings"
         say(
-            f"{', '.join(row.name for row in chosen)} with {seeds} seeds each: {len(trainings)} trainings of "
+            f"{', '.join(row.name for row in chosen)} with {seeds} seeds each: {count} of "
             f"{base.train.epochs} epochs, {len(trainings) - len(left)} of them done already"
         )
         if left:
@@ -157,7 +159,6 @@ class Progress(Callback):  # type: ignore[misc]  # Ray leaves its classes untype
         self._courier = courier
         self._stop = folder / "stop"
         self._say = say
-        self._stop.unlink(missing_ok=True)
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self._stop.exists():

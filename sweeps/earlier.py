@@ -44,10 +44,19 @@ def settings(
     return [(values, name) for name, values in found.items()]
 
 
+def distinct(settings: Sequence[tuple[dict[str, Any], str]]) -> list[tuple[dict[str, Any], str]]:
+    """`settings` without those whose values stand before them: trained twice, they would give the same numbers."""
+    found: list[tuple[dict[str, Any], str]] = []
+    for values, source in settings:
+        if all(values != before for before, _ in found):
+            found.append((values, source))
+    return found
+
+
 def _best(source: str, store: Path) -> list[Run]:
     trials = references.trials_of(source, store)
     if not trials:
         return [references.find_run(source, store)]
-    values = {run: references.best_value(run) for run in trials}
+    values = {run: references.best_value(run) for run in trials if run.status != "FAILED"}
     scored = sorted(((value, run) for run, value in values.items() if value is not None), key=lambda pair: -pair[0])
     return [run for _, run in scored[:BEST]]

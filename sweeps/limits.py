@@ -34,7 +34,6 @@ class Limits:
         self._last = self._written = time.monotonic()
         self._reasons: list[str] = []
         self._succeeded = False
-        (folder / "stop").unlink(missing_ok=True)
 
     def check(self, running: int) -> None:
         """Count the time since the last call, in which so many trials were running.
@@ -82,6 +81,11 @@ def used_hours(folder: Path) -> dict[str, float]:
 
 def ask_to_stop(folder: Path) -> None:
     (folder / "stop").touch()
+
+
+def forget_stop(folder: Path) -> None:
+    """For who has just come to own a study: what is asked for from here on, while a cluster starts, is meant for it."""
+    (folder / "stop").unlink(missing_ok=True)
 
 
 def parse_hours(text: str) -> float:

@@ -13,7 +13,8 @@ from setwise.sweeps.space import Study
 
 def describe(spec: Study, base: Recipe, name: str, store: Path, on: str | None) -> str:
     """The study in some lines: what varies, how trials are stopped, and on a preset how long it would take at most."""
-    lines = [f"study '{name}' of {spec.recipe}: {spec.trials} trials of at most {base.train.epochs} epochs"]
+    trials = "1 trial" if spec.trials == 1 else f"{spec.trials} trials"
+    lines = [f"study '{name}' of {spec.recipe}: {trials} of at most {base.train.epochs} epochs"]
     for setting, domain in spec.space.items():
         form = ", ".join(f"{key} {value}" for key, value in domain.model_dump(exclude_none=True, mode="json").items())
         lines.append(f"  {setting}: {form}")
@@ -47,7 +48,8 @@ def _hours(spec: Study, base: Recipe, store: Path, on: str | None) -> str:
     preset = hardware.load(on)[0]
     seconds = (estimate.estimate(base, of, preset).seconds or 0.0) * spec.trials
     at_once = max(1, preset.count // base.train.workers)
+    trials = "1 trial" if at_once == 1 else f"{at_once} trials"
     return (
-        f"at most {duration(seconds / at_once)} on {on}, {at_once} trials at a time, none stopped early "
+        f"at most {duration(seconds / at_once)} on {on}, {trials} at a time, none stopped early "
         "(predicted, see setwise train --dry-run)"
     )

@@ -49,7 +49,8 @@ def history(rows: Sequence[Row]) -> Figure:
     style = {"color": "#2b8a3e", "width": 2, "shape": "hv"}
     so_far = {"type": "scatter", "mode": "lines", "name": "best so far", "x": numbers, "y": line, "line": style}
     data = [{**so_far, "hoverinfo": "skip"}, *_points(rows, [float(number) for number in numbers])]
-    return {"data": data, "layout": {"xaxis": {"title": {"text": "trial"}}, "yaxis": {"title": {"text": RSUM}}}}
+    trials = {"title": {"text": "trial"}} | ({"dtick": 1} if len(rows) <= 20 else {})
+    return {"data": data, "layout": {"xaxis": trials, "yaxis": {"title": {"text": RSUM}}}}
 
 
 def importance(shares: dict[str, float]) -> Figure:

@@ -220,7 +220,8 @@ def importance(study: optuna.Study) -> Importance:
         warnings.simplefilter("ignore")
         shares = get_param_importances(at_epoch, evaluator=PedAnovaImportanceEvaluator())
     in_order = sorted(shares.items(), key=lambda share: (-share[1], share[0]))
-    return Importance(dict(in_order), len(trials), epoch)
+    reason = "" if shares else "no setting was varied in enough of them"
+    return Importance(dict(in_order), len(trials), epoch, reason)
 
 
 def show_outcome(outcome: Outcome, results: Console) -> None:

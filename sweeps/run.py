@@ -20,7 +20,7 @@ from setwise.pipelines.recipe import Recipe, TrainConfig
 from setwise.platform import cluster, config, run, storage
 from setwise.platform.tracking import Courier, Tracker
 from setwise.sweeps import analysis, earlier, report, study_run
-from setwise.sweeps.limits import Limits, Stopped
+from setwise.sweeps.limits import Limits, Stopped, forget_stop
 from setwise.sweeps.report import Outcome, TrialTable
 from setwise.sweeps.space import Study, default_values
 from setwise.sweeps.trial import settings_of, train_trial
@@ -50,19 +50,23 @@ def run_study(
 
     base = population.fitted(spec, base)
     folder = store / "studies" / run.check_name(name)
+    run.check_name(f"{name}-000-seed1")  # as its runs will be called
     prepared = prepare.open_prepared(base.data.name, store)
     pretrained.locate(base, store / "weights")
     default = default_values(spec, base)
-    first = [(default, "recipe"), *earlier.settings(warm_start, spec, base, store, say)]
-    if spec.sampler == "grid":
-        first += [(values, "grid") for values in spec.grid() if values not in [one for one, _ in first]]
+    grid = [(values, "grid") for values in spec.grid()] if spec.sampler == "grid" else []
+    first = earlier.distinct([(default, "recipe"), *earlier.settings(warm_start, spec, base, store, say), *grid])
     with storage.lease(folder / "lease", f"study '{name}'"):
+        forget_stop(folder)
         parent = study_run.begin(spec, base, name, store, prepared)
         study = studies.open_study(folder, name, spec, study_run.identity_of(parent), first)
         _reconcile(study, name, store)
-        with cluster.connect(), interruptible(), Courier(tracker) as courier:
+        done = studies.finished(study)
+        to_do = len(done) < spec.trials or bool(studies.left_running(study))
+        if to_do:
+            say("Ray starts, which takes some seconds")
+        with cluster.connect() if to_do else contextlib.nullcontext(), interruptible(), Courier(tracker) as courier:
             courier.add(parent)
-            done = studies.finished(study)
             for trial in done:
                 courier.add(references.trial_run(name, trial.number, store))
             if interrupted := len(studies.left_running(study)):

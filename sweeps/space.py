@@ -145,7 +145,21 @@ def load(name: str, overrides: list[str] | None = None, on: str | None = None) -
     fixed = _as_layer(study.overrides, layer, "overrides")
     base = config.build(Recipe, recipe_layer.merge(fixed), of_recipe)
     _check_space(study, base, layer)
-    return study, base
+    changed = _changed(base, recipe_layer.merge(fixed), of_recipe)
+    return study.model_copy(update={"overrides": study.overrides | changed}), base
+
+
+def _changed(base: Recipe, below: Layer, overrides: list[str]) -> dict[str, Any]:
+    """The settings of `base` that `overrides` name and that differ from those of `below`: a part of the study too."""
+    if not overrides:
+        return {}
+    try:
+        before = config.flatten(config.build(Recipe, below))
+    except ConfigError:  # it lacks what the overrides bring
+        before = {}
+    names = {name for text in overrides for name in config.flatten(config.parse_override(text).values)}
+    after = config.flatten(base)
+    return {name: after[name] for name in sorted(names & set(after)) if before.get(name, ()) != after[name]}
 
 
 def _as_layer(values: dict[str, Any], source: Layer, section: str) -> Layer:

@@ -78,14 +78,18 @@ def find(name: str, store: Path) -> Path:
 
 
 def of(name: str, store: Path) -> Status:
-    """Where a study stands. Raises ConfigError: there is no such study, or it has not begun."""
+    """Where a study stands. Raises ConfigError: there is no such study; UnreachableError: its database is away."""
     from setwise.sweeps import study as studies
 
     folder = find(name, store)
     owner = storage.lease_owner(folder / "lease")
     words = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+    try:
+        recorded = studies.load(folder, name).get_trials(deepcopy=False)
+    except ConfigError:  # it is only just beginning, or was killed then
+        recorded = []
     trials = []
-    for trial in studies.load(folder, name).get_trials(deepcopy=False):
+    for trial in recorded:
         state = words.get(trial.state.name)
         if state is None:
             if trial.state.name == "WAITING":

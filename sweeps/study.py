@@ -50,7 +50,7 @@ def open_study(
     """The study `name`: in `folder`/study.db, or in the database that the environment names in SETWISE_OPTUNA_URL.
 
     Args:
-        identity: stands for the study's content; a database of many stores may hold another one of this name.
+        identity: stands for the study and its store; a database of many stores may hold another one of this name.
         first: what a new study tries first, and where that comes from; (the recipe's own values, "recipe") is trial 0.
 
     Raises:
@@ -68,13 +68,16 @@ def open_study(
         )
     except Exception as error:
         raise UnreachableError(f"study '{name}' cannot be opened in {where(folder)}: {error}") from error
-    if made.user_attrs.get("setwise.identity", identity) != identity:
+    if os.environ.get(URL) and made.user_attrs.get("setwise.identity", identity) != identity:
         raise ConfigError(f"{where(folder)} holds another study called '{name}'. Give this one a name: --name NAME")
     if "setwise.identity" not in made.user_attrs:
         made.set_user_attr("setwise.identity", identity)
-    if not made.get_trials(deepcopy=False):
+    begun = made.get_trials(deepcopy=False)
+    if all(trial.state == TrialState.WAITING for trial in begun):  # it is new, or was killed while they were written
+        there = [trial.system_attrs.get("fixed_params") for trial in begun]
         for values, source in first:
-            made.enqueue_trial(dict(values), user_attrs={"source": source})
+            if dict(values) not in there:
+                made.enqueue_trial(dict(values), user_attrs={"source": source})
     return made
 
 
@@ -96,7 +99,7 @@ def storage(folder: Path) -> optuna.storages.RDBStorage:
 
 
 def load(folder: Path, name: str) -> optuna.Study:
-    """The study as it is, to be read. Raises ConfigError if there is none."""
+    """The study as it is, to be read. Raises ConfigError if there is none, UnreachableError as open_study does."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if not os.environ.get(URL) and not (folder / "study.db").is_file():
         raise ConfigError(f"study '{name}' has not begun: {folder} holds no study.db")
@@ -104,6 +107,8 @@ def load(folder: Path, name: str) -> optuna.Study:
         return optuna.load_study(storage=storage(folder), study_name=name)
     except KeyError as error:
         raise ConfigError(f"{where(folder)} holds no study called '{name}'") from error
+    except Exception as error:
+        raise UnreachableError(f"study '{name}' cannot be opened in {where(folder)}: {error}") from error
 
 
 def make_sampler(study: Study, begun: int) -> optuna.samplers.BaseSampler:
@@ -206,8 +211,8 @@ class StudySearch(OptunaSearch):  # type: ignore[misc]  # Ray leaves its classes
         if trial_id not in self._ot_trials:
             if self._left_running:
                 number = self._left_running.pop(0)
-                frozen = self._ot_study.get_trials(deepcopy=False)[number]
-                self._ot_trials[trial_id] = Trial(self._ot_study, frozen._trial_id)
+                frozen = self._frozen(number)
+                self._ot_trials[trial_id] = patiently(lambda: Trial(self._ot_study, frozen._trial_id))
             else:
                 self._ot_trials[trial_id] = patiently(self._ot_study.ask)
         trial = self._ot_trials[trial_id]
@@ -218,7 +223,7 @@ class StudySearch(OptunaSearch):  # type: ignore[misc]  # Ray leaves its classes
         if len(self._spec.objectives) > 1 or FAILURE in result:
             return  # Optuna keeps values on the way of one objective alone
         step = int(result[TIME])
-        if step not in self._ot_study.get_trials(deepcopy=False)[trial.number].intermediate_values:
+        if step not in self._frozen(trial.number).intermediate_values:
             patiently(lambda: trial.report(float(result[METRIC]), step))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -242,13 +247,16 @@ class StudySearch(OptunaSearch):  # type: ignore[misc]  # Ray leaves its classes
     def _hand_out_again(self, trial: Trial) -> bool:
         """Whether a trial whose process died stays running, to be handed out anew: Tune replaces most processes
         itself, but gives a trial up whose process dies while it is being set up."""
-        deaths = self._ot_study.get_trials(deepcopy=False)[trial.number].user_attrs.get(DEATHS, 0) + 1
+        deaths = self._frozen(trial.number).user_attrs.get(DEATHS, 0) + 1
         patiently(lambda: trial.set_user_attr(DEATHS, deaths))
         if deaths > MAX_DEATHS:
             return False
         if self._spec.population is None:  # there the next start does it: a meeting counts its trials
             self._left_running.append(trial.number)
         return True
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        return patiently(lambda: self._ot_study.get_trials(deepcopy=False))[number]
 
     def _tell(self, trial: Trial, values: list[float] | None, state: TrialState | None) -> None:
         patiently(lambda: self._ot_study.tell(trial, values, state=state, skip_if_finished=True))

@@ -5,6 +5,7 @@ MLflow shows of a list of runs what its experiment's saved view names (runs_view
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,13 @@ def begin(spec: Study, base: Recipe, name: str, store: Path, prepared: Prepared)
 
 def end(parent: Run, spec: Study, outcome: Outcome) -> None:
     """Record the study's result; each time that more trials were added."""
-    if outcome.best is None:
-        return
     number = outcome.complete + outcome.pruned + len(outcome.failed)
     outbox = Outbox(parent.events)
+    if outcome.best is None:
+        if outcome.stopped is None:
+            note = f"{_swept(spec)}\n\nAll {number} of them failed."
+            outbox.append({"kind": "tags", "values": {NOTE: note}}, {"kind": "status", "value": "FAILED"})
+        return
     value = references.best_value(outcome.best) or 0.0
     outbox.metrics(number, {"best/val/rsum": value, "trials": float(number)}, series="study")
     note = description(spec, outcome)
@@ -111,8 +115,12 @@ def trial_note(study: str, number: int, values: dict[str, Any], seed: int | None
 
 
 def identity_of(parent: Run) -> str:
-    """Stands for what makes it this study."""
-    return storage.fingerprint(parent.config.read_text())
+    """Stands for what makes it this study, and for the store that it is in: another store may have the same one, and
+    a database in common."""
+    key = parent.folder / "study_key"
+    if not key.is_file():
+        storage.write_bytes(key, secrets.token_hex(16).encode())
+    return storage.fingerprint([parent.config.read_text(), key.read_text()])
 
 
 def _swept(spec: Study) -> str:

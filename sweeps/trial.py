@@ -1,7 +1,7 @@
 """One trial, in the process that Ray Tune gave it; the process is reused for the next.
 
 A training that fails ends with a result that says why, and is not tried again: what failed would fail again. A process
-that dies is replaced, and the trial goes on from its newest checkpoint.
+that dies is replaced, and the trial goes on from its newest checkpoint; so is one that finds another still at work.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from setwise.platform import run, storage
 from setwise.platform.errors import SetwiseError
 from setwise.platform.outbox import Outbox
 from setwise.platform.run import Run
+from setwise.platform.storage import LeaseHeldError
 from setwise.sweeps.space import with_values
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def train_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
                 Outbox(training.events).append({"kind": "tags", "values": {study_run.NOTE: note}})
         objectives |= _costs(training, recipe, store, tuple(settings["objectives"]))
         _train(recipe, training, store, report, copy)
+    except LeaseHeldError:
+        raise  # what a killed driver left behind still writes into the run; Tune tries again, until it has gone
     except Exception as error:
         nothing = dict.fromkeys(settings["objectives"], math.nan)
         tune.report({TIME: 0, METRIC: math.nan, **nothing, **number, FAILURE: _reason(error, training)})

@@ -15,9 +15,11 @@ from setwise.pipelines.terminal import (
     OnOption,
     Overrides,
     StoreOption,
+    check_port,
     emit,
     open_store,
     open_tracker,
+    repeated,
     results,
     say,
 )
@@ -29,15 +31,30 @@ class StudyOrVerb(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("--help",):
+            _not_a_verb_mistyped(args[0], list(self.commands))
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
 
 app = typer.Typer(
     cls=StudyOrVerb,
-    help="Sweeps with Ray Tune and Optuna: setwise sweep STUDY [a.b=v]..., and what to do with them.",
+    help="Sweeps with Ray Tune and Optuna: setwise sweep STUDY, and what to do with them.",
     no_args_is_help=True,
 )
+
+
+def _not_a_verb_mistyped(word: str, verbs: list[str]) -> None:
+    """Raises ConfigError: `word` is no study, and nearly one of `verbs`."""
+    from setwise.platform import config
+
+    if (nearest := config.nearest_name(word, verbs)) is None:
+        return
+    from setwise.sweeps import space
+
+    if not Path(word).is_file() and config.nearest_name(word, space.names()) is None:
+        raise ConfigError(f"no verb and no study is called '{word}'. Did you mean: setwise sweep {nearest}")
+
+
 Name = Annotated[str, typer.Argument(metavar="STUDY", help="name of a study that was started")]
 
 
@@ -45,18 +62,19 @@ Name = Annotated[str, typer.Argument(metavar="STUDY", help="name of a study that
 def run(
     study: Annotated[str, typer.Argument(help="study, by name or file")],
     overrides: Overrides = None,
-    trials: Annotated[int | None, typer.Option(help="how many trials in all")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="how many trials in all")] = None,
     budget: Annotated[str | None, typer.Option(help="stop after so long, all starts together: 8h, 45m, 2d")] = None,
     max_gpu_hours: Annotated[float | None, typer.Option(help="stop after so many GPU-hours of all trials")] = None,
     warm_start: Annotated[
         list[str] | None, typer.Option(metavar="REF", help="study or run whose settings are tried first; repeatable")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="name of the study [default: its file's]")] = None,
+    name: Annotated[str | None, typer.Option(help="name of the study; else its file's")] = None,
     on: OnOption = None,
     store: StoreOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be swept, and sweep nothing")] = False,
 ) -> None:
     """Run a study. The same command again goes on where it stopped, whatever stopped it."""
+    from setwise.platform import run as run_folder
     from setwise.sweeps import limits, space
 
     given = list(overrides or [])
@@ -68,9 +86,11 @@ def run(
         except ValueError as error:
             raise ConfigError(f"--budget {error}") from error
     spec, base = space.load(study, given, on)
-    title = name or Path(study).stem
+    title = run_folder.check_name(name or Path(study).stem)
     varied = ", ".join(spec.space)
-    say(f"study '{title}': {spec.trials} trials of {spec.recipe}, {base.train.epochs} epochs, over {varied}")
+    if not dry_run:
+        trial_count = "1 trial" if spec.trials == 1 else f"{spec.trials} trials"
+        say(f"study '{title}': {trial_count} of {spec.recipe}, {base.train.epochs} epochs, over {varied}")
     folder = open_store(store)
     if on is not None:
         from setwise.pipelines import estimate
@@ -81,15 +101,17 @@ def run(
 
         base = population.fitted(spec, base)
     if dry_run:
-        from setwise.sweeps import plan
+        from setwise.sweeps import earlier, plan
 
+        earlier.settings(warm_start or [], spec, base, folder, say)
         results.print(plan.describe(spec, base, title, folder, on), soft_wrap=True)
         return
     from setwise.sweeps import report
     from setwise.sweeps import run as sweeps
 
-    place = [*(["--on", on] if on is not None else []), *(["--name", name] if name is not None else [])]
-    again = " ".join(["setwise sweep", study, *given, *place])
+    options: dict[str, object] = {"--trials": trials, "--budget": budget, "--max-gpu-hours": max_gpu_hours}
+    options |= {"--warm-start": warm_start, "--name": name, "--on": on, "--store": store}
+    again = repeated(["sweep", study, *(overrides or [])], options)
     try:
         outcome = sweeps.run_study(spec, base, title, folder, open_tracker(folder), say, warm_start or [])
     except KeyboardInterrupt:
@@ -97,11 +119,14 @@ def run(
         raise
     report.show_outcome(outcome, results)
     if outcome.stopped is not None:
-        say(f"stopped: {outcome.stopped}. Nothing is lost. To go on: {again}")
-    say(f"next: setwise sweep analyze {title}    setwise eval best:{title}    setwise promote best:{title}")
+        more = ", with a larger limit" if outcome.stopped.endswith("is used up") else ""
+        say(f"stopped: {outcome.stopped}. Nothing is lost. To go on{more}: {again}")
+    if outcome.best is not None:
+        say(f"next: setwise sweep analyze {title}    setwise eval best:{title}    setwise promote best:{title}")
     if outcome.failed:
         reasons = "; ".join(f"trial {number}: {reason}" for number, reason in outcome.failed.items())
-        raise TrialsFailedError(f"{len(outcome.failed)} trials failed: {reasons}")
+        count = "1 trial" if len(outcome.failed) == 1 else f"{len(outcome.failed)} trials"
+        raise TrialsFailedError(f"{count} failed: {reasons}")
 
 
 @app.command()
@@ -201,6 +226,7 @@ def dashboard(
         if name is None:
             raise ConfigError("name a study: setwise sweep dashboard STUDY")
         url = f"sqlite:///{standing.find(name, open_store(store)) / 'study.db'}"
+    check_port(port)
     say(f"Optuna's dashboard on http://127.0.0.1:{port}; Ctrl-C ends it")
     code = "from optuna_dashboard import run_server; import os; "
     code += f"run_server(os.environ['SETWISE_DASHBOARD_URL'], host='127.0.0.1', port={port})"

@@ -14,7 +14,7 @@ from setwise.platform.run import Run
 from setwise.platform.tracking import Courier
 from setwise.sweeps.limits import Limits
 from setwise.sweeps.report import TrialTable
-from setwise.sweeps.study import FAILURE, METRIC, NUMBER, RETURNED_VALUES, TIME
+from setwise.sweeps.study import FAILURE, METRIC, NUMBER, RETURNED_VALUES, TIME, patiently
 
 
 class Watch(Callback):  # type: ignore[misc]  # Ray leaves its classes untyped
@@ -55,7 +55,8 @@ class Watch(Callback):  # type: ignore[misc]  # Ray leaves its classes untyped
         self._limits.ended(None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self._record.get_trials(deepcopy=False)[trial.config[NUMBER]].state.is_finished():
+        recorded = patiently(lambda: self._record.get_trials(deepcopy=False))[trial.config[NUMBER]]
+        if recorded.state.is_finished():
             self._failed(trial, last_words(trial))
         else:  # the searcher, which is asked first, hands it out again
             self._show(trial, "died", 0, None)

@@ -227,7 +227,7 @@ def test_what_is_not_measured_is_said_with_the_command(tmp_path: Path) -> None:
     assert [cell.system for cell in found.lines[0].cells] == ["k1", "k4", "part"]
     shown = printed(found, 200)
     assert "not measured of k4-seed2: digits_5k, digits_extended. Do so: setwise eval k4-seed2" in shown
-    assert "not measured of birds: anything. Do so: setwise eval birds" in shown
+    assert "not measured of birds: all. Do so: setwise eval birds" in shown
     assert " 2/3 " in shown, "how many of the seeds were measured"
 
 

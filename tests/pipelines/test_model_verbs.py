@@ -50,6 +50,9 @@ def test_promote_refuse_override_roll_back_and_look(one: Tracker, tmp_path: Path
     assert "below the champion's 120.00. Champion stays setwise-digits version 2" in typed("promote", "worse", code=3)
     dry = typed("promote", "worse", "--dry-run", "--json")
     assert not dry["decision"]["promote"] and not dry["changed"]
+    refused = CliRunner().invoke(cli.app, ["promote", "worse", "--json"])
+    assert isinstance(refused.exception, SetwiseError) and refused.exception.exit_code == 3
+    assert json.loads(refused.stdout) == dry
     assert "--override needs the reason" in typed("promote", "worse", "--override", "", code=2)
     assert listing(one) == before
 
@@ -67,7 +70,9 @@ def test_promote_refuse_override_roll_back_and_look(one: Tracker, tmp_path: Path
     assert [entry["version"] for entry in told] == [1, 2, 3, 2, 3]
     assert told[2]["numbers"] == {"digits_1k/rsum": [90.0, 120.0]} and told[2]["override"] == "a test"
     shown = typed("models", "history", NAME)
-    assert "override" in shown and "forth again" in " ".join(shown.split()) and "120.00" in shown
+    assert "  3  " in shown and "override: version 3 (worse) in place of version 2, by " in shown
+    assert "reason: a test\n     gate: digits_1k/rsum is 90.00, below the champion's 120.00\n" in shown
+    assert "     digits_1k/rsum 90.00, before 120.00\n" in shown and "reason: forth again" in shown
 
 
 def test_models_are_listed_and_repaired(one: Tracker) -> None:

@@ -13,6 +13,7 @@ from setwise.pipelines import references, registry
 from setwise.pipelines.registry import Version
 from setwise.platform import checkpoint, storage
 from setwise.platform.errors import ConfigError, DataError
+from setwise.platform.outbox import Outbox
 from setwise.platform.run import Run
 
 
@@ -24,9 +25,14 @@ def make(store: Path, name: str, value: float | None = None, mlflow_id: str | No
     if value is not None:
         checkpoint.save(run.checkpoints / "epoch_0001", {"w": torch.ones(2)}, {"epoch": 1}, None)
         storage.write_json(run.folder / "best.json", {"checkpoint": "epoch_0001", "value": value})
+        end(run, "FINISHED")
     if mlflow_id is not None:
         storage.write_json(run.folder / "delivered.json", {"uri": "sqlite:///x", "run_id": mlflow_id, "events": 0})
     return run
+
+
+def end(run: Run, status: str) -> None:
+    Outbox(run.events).append({"kind": "status", "value": status})
 
 
 @pytest.fixture
@@ -173,6 +179,15 @@ def test_the_best_of_a_study_is_the_best_mean_over_seeds_once_there_are_several(
     make(store, "study-003-seed2")  # not that far yet
     make(store, "study-002-seed1", 999.0)  # a trial without a checkpoint
     assert references.best_of("study", store).name == "study-003"
+
+
+def test_a_trial_that_failed_is_not_the_best_of_a_study(store: Path) -> None:
+    end(Run(store / "runs" / "study-001"), "FAILED")  # 400, and then its loss was not finite
+    assert references.best_of("study", store).name == "study-003"
+    for number in (0, 3):
+        end(Run(store / "runs" / f"study-{number:03d}"), "FAILED")
+    with pytest.raises(DataError, match="has a checkpoint yet, but for 3 that failed"):
+        references.best_of("study", store)
 
 
 def test_a_checkpoint_folder_knows_its_run_where_it_lies_in_one(store: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from setwise.pipelines import lineage, references, retention
 from setwise.pipelines.lineage import Stored
 from setwise.pipelines.retention import Candidate, Keep
 from setwise.platform import checkpoint, storage
-from setwise.platform.errors import DataError, UnreachableError
+from setwise.platform.errors import ConfigError, DataError, UnreachableError
 from setwise.platform.outbox import Outbox
 from setwise.platform.run import Run
 from setwise.platform.tracking import Tracker
@@ -156,6 +156,10 @@ def test_trials_of_a_study_that_runs_or_may_be_resumed_stay(tmp_path: Path) -> N
     assert "study slots is unfinished" in verdicts(tmp_path)["slots-000/2"]
     Outbox(tmp_path / "studies" / "slots" / "events.jsonl").append(ENDED)
     assert going(tmp_path) == {"slots-000/2"}
+    added = make(tmp_path, "slots-001", [1], ended=False)  # the study goes on with more trials, and was killed
+    assert "study slots is unfinished" in verdicts(tmp_path)["slots-000/2"]
+    Outbox(added.events).append(ENDED)
+    assert going(tmp_path) == {"slots-000/2"}
     with storage.lease(tmp_path / "studies" / "slots" / "lease", "study 'slots'"):
         assert going(tmp_path) == set()
 
@@ -237,6 +241,16 @@ def test_a_run_that_came_into_use_after_the_plan_keeps_all(tmp_path: Path) -> No
     assert "kept after all: run 'done' is in use" in said[0]
     assert len(list(run.checkpoints.iterdir())) == 2
     assert len(list(other.checkpoints.iterdir())) == 1
+
+
+def test_a_run_of_another_store_is_refused_and_its_namesake_here_keeps_all(tmp_path: Path) -> None:
+    here, there = make(tmp_path / "here", "same", [3, 1, 2]), make(tmp_path / "there", "same", [1, 2, 3])
+    chosen = references.find_seeds(str(there.folder), tmp_path / "here")
+    with pytest.raises(ConfigError, match="no run of the store"):
+        retention.plan(tmp_path / "here", Tracker(tmp_path / "here"), NOTHING, chosen)
+    inside = references.find_seeds(str(here.folder), tmp_path / "here")
+    decisions = retention.plan(tmp_path / "here", Tracker(tmp_path / "here"), NOTHING, inside)
+    assert [bool(one.reasons) for one in decisions] == [True, False, False]
 
 
 def test_links_are_neither_followed_nor_counted_as_checkpoints(tmp_path: Path) -> None:

@@ -145,6 +145,13 @@ def test_a_system_does_not_differ_from_itself() -> None:
         assert (one.value, one.low, one.high, one.p) == (0, 0, 0, 1)
 
 
+@pytest.mark.parametrize(("images", "p"), [(1, 1.0), (3, 0.25)])
+def test_few_images_that_all_agree_are_no_proof(images: int, p: float) -> None:
+    every, none = (found(np.full(images, hit), np.arange(images)) for hit in (True, False))
+    difference = differences([every], [none])["t2i_R1"]
+    assert (difference.value, difference.p) == (100, p)
+
+
 def test_the_same_arguments_give_the_same_and_another_seed_gives_another() -> None:
     sides = simulate(np.random.default_rng(0), 2)
     assert differences(*sides, resamples=300) == differences(*sides, resamples=300)

@@ -350,6 +350,7 @@ def test_a_copy_for_inference_verifies_and_leaves_the_training_state(folder: Pat
     target = tmp_path / "best" / "epoch_0001"
     checkpoint.copy_for_inference(folder, target)
     checkpoint.copy_for_inference(folder, target)  # as a second end of the run would
+    checkpoint.copy_for_inference(target, target)  # as promoting the copy would
     checkpoint.verify(target)
     assert {path.name for path in target.iterdir()} == {
         checkpoint.WEIGHTS,

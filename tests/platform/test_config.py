@@ -411,3 +411,23 @@ def test_the_same_kind_named_again_keeps_what_was_set(tmp_path: Path) -> None:
 def test_a_setting_of_another_kind_is_not_guessed_to_be_itself(tmp_path: Path) -> None:
     (line,) = mistakes(tmp_path, "optimizer:\n  kind: adam\n  momentum: 0.5\n")
     assert line == "file.yaml:3:3: 'optimizer.momentum' is not a setting where the kind is 'adam'."
+
+
+class Shelf(Settings):
+    boxes: dict[str, Inner] = Field(description="by a free name")
+
+
+def test_a_typo_below_a_free_name_is_pointed_out_there() -> None:
+    with pytest.raises(ConfigError, match=re.escape("Did you mean 'boxes.red/1.width'?")):
+        config.build(Shelf, config.parse_yaml(b"boxes: {red/1: {widht: 3}}", "shelf.yaml"))
+
+
+def test_what_an_empty_file_lacks_is_said_of_that_file() -> None:
+    with pytest.raises(ConfigError, match=r"^shelf\.yaml: 'boxes' is required\."):
+        config.build(Shelf, config.parse_yaml(b"# nothing\n", "shelf.yaml"))
+
+
+def test_of_very_many_names_the_nearest_and_the_first_are_listed() -> None:
+    message = str(config.no_such("run", "trial-0999x", [f"trial-{number:04d}" for number in range(1000)]))
+    assert "Did you mean 'trial-0999'?" in message and message.endswith("trial-0039, and 960 more.")
+    assert str(config.no_such("study", "mine", [])) == "no study is called 'mine'; there is none."

@@ -66,7 +66,7 @@ def measured(protocol: str = "p1", **values: float) -> dict[str, Measured]:
             measured(a_rsum=101),
             measured(a_rsum=100, b_rsum=5),
             False,
-            "b/rsum was not measured of the candidate",
+            "b/rsum was not measured of the candidate (measured: a)",
         ),
         (NOWHERE_WORSE, measured(a_rsum=101, b_rsum=1), measured(a_rsum=100), True, "every limit is kept"),
         (
@@ -81,7 +81,7 @@ def measured(protocol: str = "p1", **values: float) -> dict[str, Measured]:
         (ABSOLUTE, measured(a_rsum=150), None, True, "there is no champion yet"),
         (ABSOLUTE, measured(a_rsum=149.5), None, False, "a/rsum is 149.50, below the 150.00 that the gate asks for"),
         (ABSOLUTE, measured(a_rsum=nan), None, False, "a/rsum is not a finite number"),
-        (ABSOLUTE, measured(b_rsum=200), None, False, "a/rsum was not measured of the candidate"),
+        (ABSOLUTE, measured(b_rsum=200), None, False, "a/rsum was not measured of the candidate (measured: b)"),
         (ABSOLUTE, measured(a_rsum=151), measured(a_rsum=160), True, "every limit is kept; better: nothing"),
         (ABSOLUTE, measured(a_rsum=151), measured("p2", a_rsum=160), True, "every limit is kept; better: nothing"),
         (ABSOLUTE, measured(a_rsum=151), measured(b_rsum=1), True, "every limit is kept; better: nothing"),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -197,6 +198,25 @@ def test_a_lease_ends_with_its_block_even_by_an_error(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match="inside"), storage.lease(tmp_path / "a" / "lease", "x"):
             raise ValueError("inside")
+
+
+def test_who_looks_at_the_owner_of_a_lease_is_none(tmp_path: Path) -> None:
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            storage.lease_owner(tmp_path / "lease")
+            time.sleep(0.0002)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        for _ in range(3000):
+            with storage.lease(tmp_path / "lease", "x"):
+                pass
+    finally:
+        done.set()
+        watcher.join()
 
 
 def test_leases_of_two_names_do_not_meet(tmp_path: Path) -> None:

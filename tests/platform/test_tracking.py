@@ -229,6 +229,24 @@ def test_long_records_are_sent_in_batches_that_mlflow_takes(store: Path, tracker
     assert set(counted.values()) == {1}
 
 
+@pytest.mark.parametrize("kind", ["params", "tags", "experiment_tags"])
+@pytest.mark.parametrize(
+    ("value", "there"), [("x" * 30_000, "x" * 6000), ("a name of \udcff", "a name of ?"), ("no\0text", "no?text")]
+)
+def test_a_value_that_no_store_takes_keeps_back_nothing_that_comes_after(
+    store: Path, tracker: Tracker, kind: str, value: str, there: str
+) -> None:
+    run = new_run(store, experiment="values")
+    outbox = Outbox(run.events)
+    outbox.append({"kind": kind, "values": {"reason": value}})
+    outbox.metrics(1, {"ok": 1.0})
+    tracker.deliver(run)
+    got = tracker.client.get_run(tracker.run_id(run))
+    tags = tracker.client.get_experiment(got.info.experiment_id).tags
+    assert {"params": got.data.params, "tags": got.data.tags, "experiment_tags": tags}[kind]["reason"].startswith(there)
+    assert got.data.metrics == {"ok": 1.0}
+
+
 @pytest.mark.parametrize("kind", ["params", "tags"])
 def test_more_settings_than_mlflow_takes_at_once_all_arrive(store: Path, tracker: Tracker, kind: str) -> None:
     run = new_run(store)
@@ -255,6 +273,15 @@ def test_a_run_is_delivered_anew_to_another_store(store: Path, tracker: Tracker)
 def test_a_file_store_is_refused_with_what_to_use_instead(tmp_path: Path, uri: str) -> None:
     with pytest.raises(UnreachableError, match=r"file store.*sqlite:///"):
         Tracker(tmp_path, uri)
+
+
+def test_a_server_that_is_not_there_is_named_without_the_words_of_its_client(tmp_path: Path) -> None:
+    with pytest.raises(UnreachableError) as caught:
+        _ = Tracker(tmp_path, "http://name:secret@127.0.0.1:9").client
+    assert str(caught.value) == (
+        "tracking store http://name:***@127.0.0.1:9 does not answer (Connection refused). "
+        "Is the server running, and MLFLOW_TRACKING_URI its address?"
+    )
 
 
 def test_the_store_s_database_is_the_default_and_the_environment_wins(

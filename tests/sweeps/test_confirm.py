@@ -197,7 +197,7 @@ def test_the_best_trials_get_other_seeds_once_and_go_on_where_they_were_killed(s
         assert confirm.confirm(name, store, tracker, told.append, best=2, seeds=2) == {}
         ended = {one.name: one.events.read_bytes() for one in references.all_runs(store) if one.name.startswith(name)}
         assert confirm.confirm(name, store, tracker, told.append, best=1, seeds=2) == {}
-    assert "1 trainings of 2 epochs, 1 of them done already" in told[-1]
+    assert "1 training of 2 epochs, 1 of them done already" in told[-1]
     assert {key: (store / "runs" / key / "events.jsonl").read_bytes() for key in ended} == ended
 
     assert list(ended) == [f"{name}-000", f"{name}-000-seed1", f"{name}-001", f"{name}-001-seed1"]

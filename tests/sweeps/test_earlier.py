@@ -8,6 +8,7 @@ import pytest
 
 from setwise.platform import config, run, storage
 from setwise.platform.errors import ConfigError
+from setwise.platform.outbox import Outbox
 from setwise.sweeps import earlier, space
 
 
@@ -34,6 +35,25 @@ def test_the_best_trials_of_a_study_and_the_settings_of_a_run(tmp_path: Path) ->
     ]
     assert "loss.diversity_weight" in found[0][0] and "loss.diversity_weight" not in found[3][0]
     assert not said
+
+
+def test_settings_that_several_sources_share_are_tried_once(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make(tmp_path, f"same-seed{seed}", None, f"train.seed={seed}")
+    make(tmp_path, "other", None, "similarity.alpha=33")
+    spec, base = space.load("paper")
+    default = space.default_values(spec, base)
+    found = earlier.settings(["same-seed0", "same-seed1", "other"], spec, base, tmp_path, print)
+    assert len(found) == 3
+    assert [source for _, source in earlier.distinct([(default, "recipe"), *found])] == ["recipe", "other"]
+
+
+def test_a_trial_that_failed_is_no_start(tmp_path: Path) -> None:
+    for number, value in enumerate((10.0, 40.0)):
+        make(tmp_path, f"old-{number:03d}", value, f"similarity.alpha={5 + number}")
+    Outbox(tmp_path / "runs" / "old-001" / "events.jsonl").append({"kind": "status", "value": "FAILED"})
+    spec, base = space.load("paper")
+    assert [name for _, name in earlier.settings(["old"], spec, base, tmp_path, print)] == ["old-000"]
 
 
 def test_what_lies_outside_is_left_out_with_a_word(tmp_path: Path) -> None:

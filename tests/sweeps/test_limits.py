@@ -44,12 +44,15 @@ def test_gpu_hours_are_those_of_trials_that_run(tmp_path: Path, now: list[float]
         one.check(running=2)
 
 
-def test_a_wish_to_stop_is_heard_and_forgotten_at_the_next_start(tmp_path: Path) -> None:
+def test_a_wish_to_stop_is_heard_even_before_the_clock_runs_and_forgotten_at_the_next_start(tmp_path: Path) -> None:
     one = Limits(tmp_path, spec(), gpus=0)
     one.check(running=1)
     limits.ask_to_stop(tmp_path)
     with pytest.raises(Stopped, match="setwise sweep stop"):
         one.check(running=1)
+    with pytest.raises(Stopped, match="setwise sweep stop"):  # asked for while the cluster starts
+        Limits(tmp_path, spec(), gpus=0).check(running=0)
+    limits.forget_stop(tmp_path)
     Limits(tmp_path, spec(), gpus=0).check(running=1)
 
 

@@ -294,3 +294,12 @@ def test_an_unknown_recipe_or_study_is_named(tmp_path: Path) -> None:
 def test_a_study_is_told_from_a_recipe(tmp_path: Path) -> None:
     assert space.is_study(space.find("digits"))
     assert not space.is_study(recipes.find("digits_cnn_bigru"))
+
+
+def test_settings_of_the_command_line_belong_to_the_study_where_they_change_it() -> None:
+    plain, _ = space.load("digits")
+    same, _ = space.load("digits", [f"train.epochs={plain.overrides['train.epochs']}"])
+    assert same == plain
+    other, base = space.load("digits", ["train.epochs=4", "loss.margin=0.3", "trials=2"])
+    assert other.overrides == {**plain.overrides, "train.epochs": 4, "loss.margin": 0.3}
+    assert (base.train.epochs, base.loss.margin, other.trials) == (4, 0.3, 2)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import optuna
 import pytest
@@ -13,7 +16,7 @@ from optuna.trial import TrialState
 
 from setwise.platform import config
 from setwise.platform.errors import ConfigError, UnreachableError
-from setwise.sweeps import report, space, study
+from setwise.sweeps import report, space, status, study, study_run
 from setwise.sweeps.space import Pruning
 
 LAST_EPOCH = 4
@@ -175,6 +178,90 @@ def test_a_database_that_holds_another_study_of_this_name_is_refused(
     assert "secret" not in str(caught.value)
 
 
+def test_two_stores_have_two_studies_in_one_database_though_they_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, base = space.load("digits")
+    first = [(space.default_values(spec, base), "recipe")]
+    monkeypatch.setenv(study.URL, f"sqlite:///{tmp_path}/shared.db")
+    one, two = (
+        study_run.begin(spec, base, "tests", tmp_path / store, SimpleNamespace(fingerprint="data"))  # type: ignore[arg-type]
+        for store in ("one", "two")
+    )
+    for _ in range(2):
+        study.open_study(one.folder, "tests", spec, study_run.identity_of(one), first)
+    with pytest.raises(ConfigError, match="another study called 'tests'"):
+        study.open_study(two.folder, "tests", spec, study_run.identity_of(two), first)
+
+
+@pytest.mark.parametrize("written", range(5))
+def test_what_is_tried_first_is_there_once_though_its_writing_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    spec, base = space.load("digits")
+    default = space.default_values(spec, base)
+    first = [(default, "recipe"), *(({**default, "similarity.alpha": alpha}, "grid") for alpha in (4.0, 8.0, 12.5))]
+    enqueue, left = optuna.Study.enqueue_trial, [None] * written
+
+    def killed_after_some(made: optuna.Study, *args: Any, **named: Any) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        enqueue(made, *args, **named)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(optuna.Study, "enqueue_trial", killed_after_some)
+        study.open_study(tmp_path, "tests", spec, "identity", first)
+    for _ in range(2):
+        made = study.open_study(tmp_path, "tests", spec, "identity", first)
+    drawn = [searcher(made, spec).suggest(str(number)) for number in range(1)]
+    assert drawn[0] is not None and drawn[0]["values"] == default
+    made = study.open_study(tmp_path, "tests", spec, "identity", first)
+    assert [trial.system_attrs["fixed_params"] for trial in made.trials] == [values for values, _ in first]
+
+
+def test_a_study_that_has_only_failed_trials_ends_as_failed(tmp_path: Path) -> None:
+    spec, base = space.load("digits")
+    parent = study_run.begin(spec, base, "tests", tmp_path, SimpleNamespace(fingerprint="data"))  # type: ignore[arg-type]
+    outcome = report.Outcome("tests", 0, 0, {0: "no memory"}, None, report.Importance({}, 0, 0, "none"))
+    study_run.end(parent, spec, replace(outcome, stopped="max_hours=1 is used up"))
+    assert parent.status is None
+    study_run.end(parent, spec, outcome)
+    assert parent.status == "FAILED"
+
+
+def test_a_study_that_has_not_begun_is_listed_among_the_others(tmp_path: Path) -> None:
+    spec, base = space.load("digits")
+    for name in ("begun", "killed"):
+        parent = study_run.begin(spec, base, name, tmp_path, SimpleNamespace(fingerprint="data"))  # type: ignore[arg-type]
+        if name == "begun":
+            made = study.open_study(parent.folder, name, spec, "identity", [({}, "recipe")])
+            searcher(made, spec).suggest("a")
+    found, _ = status.overview(tmp_path)
+    assert [(one.name, one.count("interrupted")) for one in found] == [("begun", 1), ("killed", 0)]
+
+
+def test_a_result_waits_for_a_database_that_is_away(
+    opened: tuple[optuna.Study, space.Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, spec = opened
+    search = searcher(made, spec)
+    search.suggest("a")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    backend, away = type(made._storage), [None] * 2
+    read = backend.get_all_trials
+
+    def at_times(*args: Any, **named: Any) -> Any:
+        if away:
+            away.pop()
+            raise StorageInternalError("away")
+        return read(*args, **named)
+
+    monkeypatch.setattr(backend, "get_all_trials", at_times)
+    search.on_trial_result("a", result(1, 10.0))
+    assert made.trials[0].intermediate_values == {1: 10.0}
+
+
 def test_a_call_waits_for_a_database_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     answers = iter([StorageInternalError("away"), StorageInternalError("away"), 3])
@@ -231,3 +318,7 @@ def test_importance_compares_trials_at_the_last_epoch_that_all_reached() -> None
     assert max(found.shares, key=lambda name: found.shares[name]) == "similarity.alpha"
     assert "epoch 1 over 12 trials" in found.sentence() and "hint" in found.sentence()
     assert "takes 4 trials" in report.importance(optuna.create_study()).sentence()
+    apart = optuna.create_study(direction="maximize")
+    for number in range(8):  # a condition held of none of them
+        apart.add_trial(optuna.trial.create_trial(value=float(number)))
+    assert "cannot be said: no setting was varied in enough of them" in report.importance(apart).sentence()

@@ -12,7 +12,7 @@ from ray import tune
 
 from setwise.pipelines import train
 from setwise.pipelines.recipe import Recipe
-from setwise.platform import run
+from setwise.platform import run, storage
 from setwise.platform.errors import DivergedError
 from setwise.sweeps import trial
 
@@ -101,6 +101,18 @@ def test_a_failure_is_the_last_result(
     assert reported[1]["failure"].startswith(reason)
     assert math.isnan(reported[1]["rsum"]) and math.isnan(reported[1]["val/rsum"])
     assert (failed.folder / "error.txt").is_file() == (not isinstance(error, DivergedError))
+
+
+def test_a_run_that_another_process_still_writes_is_no_failure_of_the_training(
+    own: Path, tiny_recipe: Recipe, reported: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "WRITER_WAIT_S", 0)
+    left_behind = storage.lease(own / "runs" / "mine-003" / "writer.lease", "run 'mine-003'")
+    with left_behind, pytest.raises(storage.LeaseHeldError):
+        go(own, tiny_recipe)
+    assert not reported
+    go(own, tiny_recipe)
+    assert [one["epoch"] for one in reported] == list(range(1, tiny_recipe.train.epochs + 1))
 
 
 def test_a_name_that_is_taken_is_a_failure_that_touches_nothing(
