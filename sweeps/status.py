@@ -15,7 +15,7 @@ from setwise.pipelines import references
 from setwise.pipelines.plan import duration
 from setwise.platform import config, run, storage
 from setwise.platform.errors import ConfigError
-from setwise.sweeps import limits
+from setwise.sweeps import analysis, limits
 from setwise.sweeps.report import TrialRow, TrialTable
 
 STOP_WAIT_S = 120
@@ -35,9 +35,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Status:
-    """A study as it is now. `owner` is the process at work on it, None if there is none."""
+    """A study as it is now. `owner` is the process at work on it, None if there is none; `epochs` those of a trial."""
 
     name: str
+    epochs: int
     owner: str | None
     hours: float
     gpu_hours: float
@@ -58,11 +59,13 @@ class Status:
 
     def table(self) -> RenderableType:
         """All of it for a terminal."""
-        shown = TrialTable(self.name, len(self.trials), max((trial.epoch for trial in self.trials), default=0))
+        shown = TrialTable(self.name, len(self.trials), self.epochs)
         for trial in self.trials:
             shown.rows[trial.number] = TrialRow(trial.number, trial.settings, trial.state, trial.epoch, trial.best)
         reasons = [f"trial {trial.number}: {trial.reason}" for trial in self.trials if trial.reason]
-        return Group(Text(self.in_words()), shown.render(), *map(Text, reasons))
+        table = shown.render()
+        table.title = None  # the line above says more
+        return Group(Text(self.in_words()), table, *map(Text, reasons))
 
 
 def names(store: Path) -> list[str]:
@@ -101,7 +104,8 @@ def of(name: str, store: Path) -> Status:
         reason = trial.user_attrs.get(studies.REASON)
         trials.append(Trial(trial.number, state, max(steps, default=0), best, dict(trial.params), reason))
     used = limits.used_hours(folder)
-    return Status(name, owner, used["hours"], used["gpu_hours"], trials)
+    epochs = analysis.recorded(name, store).base.train.epochs
+    return Status(name, epochs, owner, used["hours"], used["gpu_hours"], trials)
 
 
 def overview(store: Path) -> tuple[list[Status], Table]:

@@ -32,7 +32,8 @@ def trained(store: Path, name: str, settings: str = "", status: str | None = "FI
     outbox = Outbox(run.events)
     outbox.metrics(1, {"val/rsum": best})
     if status is not None:
-        outbox.append({"kind": "tags", "values": {"setwise.status": status}})
+        end = {"kind": "status", "value": "FAILED" if status == "FAILED" else "FINISHED"}
+        outbox.append({"kind": "tags", "values": {"setwise.status": status}}, end)
     storage.write_json(run.folder / "best.json", {"checkpoint": "epoch_0001", "value": best})
     return run
 

@@ -20,19 +20,16 @@ from playwright.sync_api import expect
 import browser
 import commands
 import servers
-from setwise.pipelines import records, train
+from setwise.pipelines import gallery, prepare, records, references, train
 from setwise.pipelines.workers import Worker
 from setwise.platform import config, run
-from setwise.platform.outbox import Outbox
 from setwise.platform.tracking import Tracker
-from setwise.sweeps import runs_view, space
+from setwise.sweeps import report, runs_view, space, study_run
 from tiny import TINY_MODEL
 
 NAME = "seen"
 SLOTS, ALPHA, MMD = "model.set_prediction.num_slots", "similarity.alpha", "loss.mmd_weight"
 TRIALS = ((4, 16, 0.01), (1, 8, 0.02), (2, 32, 0.05), (4, 60, 0.001))
-COLUMNS = ("val/rsum", "val/i2t_R1", "val/t2i_R1")
-NOTE = "Swept over **three settings**."
 PATIENCE_MS = 30_000
 
 expect.set_options(timeout=PATIENCE_MS)
@@ -61,33 +58,25 @@ def seen(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen
     folder = tmp_path_factory.mktemp("pages")
     (folder / "data").symlink_to(store / "data")
     tracker = Tracker(folder)
-    spec, base = space.load("digits", [*TINY_MODEL, "train.epochs=2"])
+    spec, base = space.load("digits", [*TINY_MODEL, "train.epochs=2", "trials=4"])
     assert {SLOTS, ALPHA, MMD} <= set(spec.space)
-    parent = run.create(folder / "studies", NAME, "a study\n", NAME)
-    outbox = Outbox(parent.events)
-    outbox.append({"kind": "tags", "values": {"setwise.study": NAME, "mlflow.note.content": NOTE}})
+    parent = study_run.begin(spec, base, NAME, folder, prepare.open_prepared("digits", folder))
     rsum = {}
     for number, values in enumerate(TRIALS):
         recipe = space.with_values(base, dict(zip((SLOTS, ALPHA, MMD), values, strict=True)))
         trial = run.create(folder / "runs", f"{NAME}-{number:03d}", config.to_yaml(recipe), NAME, parent)
         seen_by_trial: list[dict[str, float]] = []
         train.train(recipe, trial, folder, Worker(), seen_by_trial.append)
-        rsum[trial.name] = seen_by_trial[-1]["val/rsum"]
-        page = trial.folder / "gallery" / "gallery.html"
-        page.parent.mkdir()
-        page.write_text(
-            f"<title>t</title><h1></h1><script>document.querySelector('h1').textContent = '{trial.name}!'</script>"
-        )
-        Outbox(trial.events).append({"kind": "artifact", "path": "gallery", "into": "gallery"})
+        rsum[trial.name] = max(values["val/rsum"] for values in seen_by_trial)
         records.end(trial, "FINISHED")
-    outbox.append({"kind": "status", "value": "FINISHED"})
+    best = references.best_of(NAME, folder)
+    gallery.publish(gallery.make(references.resolve(best.name, folder, tracker), folder, queries=4), best)
+    mattered = report.Importance({SLOTS: 0.6, ALPHA: 0.3, MMD: 0.1}, 4, 2)
+    study_run.end(parent, spec, report.Outcome(NAME, 4, 0, {}, best, mattered))
     runs = [parent, *(run.Run(folder / "runs" / name) for name in rsum)]
     for one in runs:
         tracker.deliver(one)
     experiment = tracker.experiment_id(NAME)
-    tracker.client.set_experiment_tag(
-        experiment, runs_view.TAG, runs_view.saved_view((SLOTS, ALPHA, MMD), COLUMNS, curve="val/rsum")
-    )
     with ui(folder) as server:
         yield Seen(server, experiment, {one.name: tracker.run_id(one) for one in runs}, rsum)
 
@@ -146,7 +135,7 @@ def test_the_list_of_runs_shows_the_best_trial_first_with_what_was_swept(seen: S
         expect(links).to_have_text(seen.best_first)
         heads = visit.page.locator(".ag-header-cell")
         places = []
-        for name in (*COLUMNS, SLOTS, ALPHA, MMD):
+        for name in (*study_run.COLUMNS, SLOTS, ALPHA, MMD):
             head = heads.filter(has_text=name)
             expect(head).to_be_in_viewport()
             places.append(int(head.get_attribute("aria-colindex") or 0))
@@ -170,7 +159,7 @@ def test_the_charts_of_the_study_have_parallel_coordinates_and_the_curve_of_rsum
     with page() as visit:
         visit.open(runs_view.address(seen.server, seen.experiment, charts=True))
         axes = visit.page.locator("svg .axis text.label")
-        expect(axes).to_have_text([SLOTS, ALPHA, MMD, "val/rsum"])
+        expect(axes).to_have_text([SLOTS, ALPHA, MMD, "loss.diversity_weight", "best/val/rsum"])
         expect(visit.page.get_by_role("heading", name="val/rsum")).to_be_visible()
 
 
@@ -197,17 +186,19 @@ def test_the_page_of_a_trial_has_a_chart_of_each_curve(seen: Seen) -> None:
             expect(visit.page.get_by_role("heading", name=curve, exact=True)).to_be_visible()
 
 
-def test_the_artifacts_of_a_trial_show_its_gallery_with_its_scripts(seen: Seen) -> None:
+def test_the_artifacts_of_the_best_trial_show_its_gallery(seen: Seen) -> None:
     best = seen.best_first[0]
     with page() as visit:
         visit.open(seen.page_of(best, "/artifacts/gallery/gallery.html"))
-        gallery = visit.page.frame_locator("iframe")
-        expect(gallery.get_by_role("heading", name=f"{best}!")).to_be_visible()
+        shown = visit.page.frame_locator("iframe")
+        expect(shown.get_by_role("heading").first).to_be_visible()
+        expect(shown.locator("img").first).to_be_visible()
+        expect(shown.get_by_text(best).first).to_be_visible()
 
 
 def test_the_page_of_the_study_says_what_was_swept_and_leads_to_its_trials(seen: Seen) -> None:
     with page() as visit:
         visit.open(seen.page_of(NAME))
-        expect(visit.page.locator("strong", has_text="three settings")).to_be_visible()
+        expect(visit.page.locator("strong", has_text=seen.best_first[0]).first).to_be_visible()
         for name in seen.rsum:
             expect(visit.page.get_by_role("link", name=name)).to_be_visible()
