@@ -31,6 +31,7 @@ FAMILIES: dict[str, dict[str, Kind]] = {
     "digits": {"digits_1k": "folds", "digits_5k": "whole", "digits_extended": "extended"},
 }
 """The benchmarks of the data sets of the literature, and of the one that comes with us."""
+PUBLISHED_IDS = ("coco", "f30k")
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,15 @@ class Encoded:
     """The sets of a split by one model or, as an ensemble, by several, and the ids that say which pairs match.
 
     members: rows are images, columns captions; owners (T,) index of each caption's image, ascending; image_ids (I,) and
-    caption_ids (T,) as in the data set.
+    caption_ids (T,) as in the data set. texts stands for the captions' wording, where ids are no publisher's and so do
+    not say which images they are of.
     """
 
     members: tuple[Member, ...]
     owners: Integers
     image_ids: Integers
     caption_ids: Integers
+    texts: str | None = None
 
     def protocol(self, ties: Ties, **more: Any) -> dict[str, Any]:
         """What every benchmark shares, and `more`."""
@@ -101,6 +104,7 @@ class Encoded:
             "ties": ties,
             "members": len(self.members),
             "similarity": similarities[0] if len(similarities) == 1 else similarities,
+            **({"texts": self.texts} if self.texts is not None else {}),
             **more,
         }
 
@@ -109,6 +113,11 @@ def family(dataset: str) -> str:
     """The data set of the literature that `dataset` is a form of, as coco_butd is of coco; else its own name."""
     start = dataset.partition("_")[0]
     return start if start in FAMILIES else dataset
+
+
+def has_published_ids(dataset: str) -> bool:
+    """Whether ids of images and captions mean the same wherever the data set is prepared."""
+    return family(dataset) in PUBLISHED_IDS
 
 
 def kinds(dataset: str) -> dict[str, Kind]:

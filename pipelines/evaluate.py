@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors import numpy as arrays
 
-from setwise.pipelines import benchmarks, crisscrossed, index, prepare, query_ranks, trained_model
+from setwise.pipelines import benchmarks, crisscrossed, index, prepare, query_ranks, shards, trained_model
 from setwise.pipelines.benchmarks import Encoded, Kind, Outcome, QueryRanks
 from setwise.pipelines.prepare import Prepared
 from setwise.pipelines.ranking import Member, Ties
@@ -79,8 +79,9 @@ def evaluate(
 
     run = references[0].run if len(references) == 1 else None
     inputs: dict[str, dict[str, Any]] = {}
+    texts = _wording(prepared, dataset)
     for name, kind in wanted.items():
-        inputs[name] = {"weights": models[0].digest, "data": prepared.fingerprint, "ties": ties}
+        inputs[name] = {"weights": models[0].digest, "data": prepared.fingerprint, "ties": ties, **texts}
         if kind == "cxc" and cxc is not None:
             inputs[name]["ratings"] = crisscrossed.fingerprints(cxc)
     done: dict[str, Outcome] = {}
@@ -130,9 +131,18 @@ def _measure(
         for split, model in zip(splits, models, strict=True)
     )
     query_ranks.check_finite(members, f"the test split in {prepared.folder}")
-    encoded = Encoded(members, owners, image_ids, caption_ids)
+    dataset = models[0].recipe.data.name
+    encoded = Encoded(members, owners, image_ids, caption_ids, **_wording(prepared, dataset))
     measured = benchmarks.measure(wanted, encoded, extended=extended, cxc=cxc, ties=ties, device=models[0].device)
     return dict(zip(wanted, measured, strict=True))
+
+
+def _wording(prepared: Prepared, dataset: str) -> dict[str, str]:
+    """What stands for the test captions of a data set whose ids are no publisher's, as a protocol names it."""
+    split = prepared.manifest["splits"].get("test")
+    if split is None or benchmarks.has_published_ids(dataset):
+        return {}
+    return {"texts": storage.fingerprint(list(shards.captions(prepared.folder, split)))}
 
 
 def _kept_as(name: str, ties: Ties) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from setwise.platform.errors import UnreachableError
 
 # Ray Train's report() returns at the controller's next look; at the default of 2 s each epoch would end in a pause.
+CONNECT_S = 10
 REPORT_INTERVAL_S = "0.1"
 
 
@@ -49,6 +51,7 @@ def connect(cpus: int | None = None, object_store_bytes: int = 512 * 2**20) -> I
         return
     try:
         if address:
+            _check_answers(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(
@@ -60,7 +63,7 @@ def connect(cpus: int | None = None, object_store_bytes: int = 512 * 2**20) -> I
                 logging_level=logging.ERROR,
                 _temp_dir=os.environ.get("SETWISE_RAY_TEMP") or str(Path(tempfile.gettempdir()) / "ray"),
             )
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise UnreachableError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
     try:
         yield
@@ -80,6 +83,13 @@ def cpus() -> int:
     import ray
 
     return int(ray.cluster_resources().get("CPU", 1))
+
+
+def _check_answers(address: str) -> None:
+    """Raises OSError if nothing listens at HOST:PORT: Ray would try for minutes, and write to stderr."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
 
 
 def _private_token() -> None:

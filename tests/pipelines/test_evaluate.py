@@ -13,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors import numpy as arrays
 
+from setwise.models.config import SimilarityConfig
 from setwise.models.retriever import SetRetriever
+from setwise.models.similarity import Similarity
 from setwise.pipelines import (
     batches,
     benchmarks,
@@ -26,6 +28,7 @@ from setwise.pipelines import (
     train,
     trained_model,
 )
+from setwise.pipelines.ranking import Member
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.references import Reference
 from setwise.pipelines.trained_model import Embeddings, Retrieval, TrainedModel
@@ -337,3 +340,15 @@ def test_validation_gives_the_values_of_the_whole_matrix(place: Path, tiny_recip
     scores = matrix(model, sets).astype(np.float32)
     expected = metrics.retrieval_metrics(scores, owners[None, :] == np.arange(30)[:, None])
     assert {name: values[f"val/{name}"] for name in expected} == pytest.approx(expected)
+
+
+def test_the_same_ids_with_other_captions_are_another_protocol() -> None:
+    sets = torch.nn.functional.normalize(torch.randn(10, 2, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    member = Member(sets, sets, Similarity(SimilarityConfig()))
+    ids = np.arange(10)
+    one, other = (benchmarks.Encoded((member,), ids, ids, ids, texts) for texts in ("this", "that"))
+    published = benchmarks.Encoded((member,), ids, ids, ids)
+    assert one.protocol("pessimistic") != other.protocol("pessimistic")
+    assert "texts" not in published.protocol("pessimistic")
+    assert benchmarks.has_published_ids("coco_butd") and benchmarks.has_published_ids("f30k")
+    assert not benchmarks.has_published_ids("digits") and not benchmarks.has_published_ids("birds")

@@ -239,6 +239,7 @@ def test_a_study_that_has_not_begun_is_listed_among_the_others(tmp_path: Path) -
             searcher(made, spec).suggest("a")
     found, _ = status.overview(tmp_path)
     assert [(one.name, one.count("interrupted")) for one in found] == [("begun", 1), ("killed", 0)]
+    assert [one.epochs for one in found] == [base.train.epochs] * 2
 
 
 def test_a_result_waits_for_a_database_that_is_away(
