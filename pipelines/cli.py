@@ -45,9 +45,6 @@ config_app = typer.Typer(help="Recipes and studies: show, check and explain them
 app.add_typer(data_verbs.app, name="data")
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_verbs.app, name="ckpt")
-app.command("compare")(comparison_verbs.compare)
-app.command("promote")(model_verbs.promote)
-app.command("rollback")(model_verbs.rollback)
 app.add_typer(model_verbs.app, name="models")
 app.add_typer(run_verbs.app, name="runs")
 app.add_typer(sweep_verbs.app, name="sweep")
@@ -135,7 +132,7 @@ def train(
         str | None, typer.Option(help="name of the run; else the recipe's and a hash of its settings")
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="train it so many times, as NAME-seed0, NAME-seed1, ...")
+        int | None, typer.Option(min=1, max=1000, help="train it so often, as NAME-seed0, ..., from train.seed on")
     ] = None,
     on: OnOption = None,
     store: StoreOption = None,
@@ -223,6 +220,9 @@ def evaluate(
     offer(tracker, [one.run for one in resolved if one.run is not None])
 
 
+app.command("compare")(comparison_verbs.compare)
+
+
 @app.command()
 def gallery(
     reference: Ref,
@@ -257,6 +257,10 @@ def gallery(
         to = to or kept
     results.print(str(to), soft_wrap=True)
     offer(tracker, [one.run for one in (resolved, other) if one is not None and one.run is not None])
+
+
+app.command("promote")(model_verbs.promote)
+app.command("rollback")(model_verbs.rollback)
 
 
 @app.command()

@@ -75,8 +75,8 @@ def plans(recipe_name: str, recipe: Recipe, name: str | None, seeds: int | None,
     if seeds is None:
         return [first]
     made = []
-    for number in range(seeds):
-        train = recipe.train.model_copy(update={"seed": recipe.train.seed + number})
+    for number in range(recipe.train.seed, recipe.train.seed + seeds):
+        train = recipe.train.model_copy(update={"seed": number})
         seeded = recipe.model_copy(update={"train": train})
         made.append(replace(first, name=run.check_name(f"{first.name}-seed{number}"), recipe=seeded))
     return made

@@ -29,6 +29,8 @@ COLUMNS = {
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image", "t2t": "text to text", "i2i": "image to image"}
 CORRELATIONS = {"sts": "text and text", "sis": "image and image", "sits": "image and text"}
 COMPARED = ("rsum", "t2i_map_at_r")
+SMALL = 5
+"""Below it a mean over seeds has two decimals."""
 MARKS: dict[Verdict, str] = {"better": "▲", "worse": "▼", "undecided": "≈"}
 FEW_SEEDS = 5
 
@@ -116,8 +118,9 @@ def seeds(compared: SideBySide, cell: Cell) -> str:
 def numbers(cell: Cell) -> list[str]:
     """Mean with deviation, difference, interval, p-value and mark; the last four are empty without a difference. Where
     an interval is narrower than one point it gets a second decimal."""
-    spread = "" if cell.deviation is None else f" ± {cell.deviation:.1f}"
-    value = f"{cell.mean:.1f}{spread}"
+    digits = 2 if abs(cell.mean) < SMALL else 1
+    spread = "" if cell.deviation is None else f" ± {cell.deviation:.{digits}f}"
+    value = f"{cell.mean:.{digits}f}{spread}"
     if cell.difference is None or cell.corrected is None or cell.verdict is None:
         return [value, "", "", "", ""]
     one = cell.difference

@@ -181,7 +181,7 @@ def test_the_page_of_a_trial_has_a_chart_of_each_curve(seen: Seen) -> None:
     with page() as visit:
         visit.open(seen.page_of(best, "/model-metrics"))
         expect(visit.page.get_by_role("heading", name=best)).to_be_visible()
-        for section, curve in (("sets", "text_slot_usage"), ("train", "images_per_second"), ("val", "i2t_R1")):
+        for section, curve in (("sets", "text_slot_usage"), ("train", "images_per_second"), ("val", "i2t_R5")):
             visit.page.get_by_placeholder("Search metric charts").fill(f"{section}/{curve}")
             expect(visit.page.get_by_text(re.compile(rf"^{section} ?\(1\)")).first).to_be_visible()
             expect(visit.page.get_by_role("heading", name=curve, exact=True)).to_be_visible()

@@ -184,3 +184,12 @@ def test_region_features_cannot_be_read_off_images(store: Path) -> None:
     settings = recipe.load("digits_cnn_bigru", ["model.image_encoder.kind=butd"])
     with pytest.raises(DataError, match="holds images, and an image encoder of kind 'butd' reads region features"):
         launch.plan("mine", settings, "mine", store)
+
+
+def test_seeds_are_runs_of_one_name_counted_from_the_recipes_own(store: Path) -> None:
+    settings = recipe.load("digits_cnn_bigru", [*TINY_MODEL, "train.seed=3"])
+    planned = launch.plans("digits_cnn_bigru", settings, "mine", 2, store)
+    assert [(plan.name, plan.recipe.train.seed) for plan in planned] == [("mine-seed3", 3), ("mine-seed4", 4)]
+    assert launch.title_of(planned) == "mine"
+    (alone,) = launch.plans("digits_cnn_bigru", settings, None, None, store)
+    assert launch.title_of([alone]) == alone.name and alone.recipe == settings
