@@ -192,11 +192,11 @@ def _benchmarks(prepared: Prepared, sets: Embeddings, dataset: str) -> list[str]
 def _facts(dealer: Dealer, prepared: Prepared) -> list[tuple[str, str]]:
     """What has to be known of the page, as (name, value)."""
     facts = []
-    for name, measured in zip(("model", "compared with"), dealer.measured, strict=False):
+    for place, measured in enumerate(dealer.measured):
         model = measured.model
         facts.append(
             (
-                name,
+                "compared with" if place else "model",
                 f"{measured.label}: {model.recipe.title}, {model.recipe.model.set_prediction.num_slots} slots, epoch "
                 f"{model.metadata['epoch']}, weights {model.metadata['weights_sha256'][:16]}",
             )

@@ -162,7 +162,7 @@ def of(study: optuna.Study, spec: Study, name: str, store: Path) -> Analysis:
 
 
 def _row(trial: optuna.trial.FrozenTrial, spec: Study, name: str) -> Row:
-    values = dict(zip(spec.objectives, trial.values or (), strict=False))
+    values = dict(zip(spec.objectives, trial.values, strict=True)) if trial.values else {}
     told = trial.intermediate_values
     value = max(told.values()) if told else values.get("val/rsum")
     return Row(

@@ -152,7 +152,7 @@ def test_what_the_page_says_of_queries_is_what_evaluation_recorded(
         (answers,) = card["lists"]
         order = np.lexsort((np.arange(len(line)), own, -line))
         marks = {True: "✓ right", False: "✗ wrong"}
-        for answer, item in zip(answers, order[:5], strict=False):
+        for answer, item in zip(answers[:5], order[:5], strict=True):
             expected = marks[bool(own[item])] if own[item] or not true[item] else "≈ also true"
             assert answer["mark"] == expected and float(answer["score"]) == pytest.approx(line[item], abs=6e-4)
         first_right = int(np.flatnonzero(own[order])[0]) + 1
