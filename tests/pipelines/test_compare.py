@@ -294,9 +294,10 @@ def test_narrow_intervals_get_another_decimal() -> None:
     def shown(low: float, value: float, high: float, corrected: float) -> list[str]:
         return tables.numbers(Cell("a", 2, 0.8, 0.04, Difference(value, low, high, 0.001), corrected))
 
-    assert shown(-0.1, -0.06, -0.02, 0.0004) == ["0.8 ± 0.0", "-0.06", "[-0.10, -0.02]", "<.001", "▼"]
-    assert shown(-0.1, 0.94, 1.98, 0.0504) == ["0.8 ± 0.0", "+0.9", "[-0.1, +2.0]", ".050", "≈"]
+    assert shown(-0.1, -0.06, -0.02, 0.0004) == ["0.80 ± 0.04", "-0.06", "[-0.10, -0.02]", "<.001", "▼"]
+    assert shown(-0.1, 0.94, 1.98, 0.0504) == ["0.80 ± 0.04", "+0.9", "[-0.1, +2.0]", ".050", "≈"]
     assert shown(1, 2, 3, 1.0)[3] == "1.000"
+    assert tables.numbers(Cell("a", 2, 224.03, 1.94, None, None))[0] == "224.0 ± 1.9"
 
 
 def test_systems_side_by_side_are_one_json_object(tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ def start(store: Path, name: str, workers: int, *more: str) -> tuple[recipe.Reci
 
 
 def curve(training: Run) -> list[dict[str, float]]:
-    return [event["values"] for event in run.read_events(training.events) if event["kind"] == "metrics"]
+    """What was recorded of each epoch, and its number."""
+    epochs = [event for event in run.read_events(training.events) if event.get("series") == "train"]
+    return [{"epoch": float(event["step"]), **event["values"]} for event in epochs]
 
 
 def test_two_workers_train_as_one_does(store: Path) -> None:
