@@ -42,10 +42,11 @@ def connect(cpus: int | None = None, object_store_bytes: int = 512 * 2**20) -> I
     }
     for name, value in environment.items():
         os.environ.setdefault(name, value)
-    _private_token()
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        _private_token()
     import ray
 
-    address = os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
         yield
         return
