@@ -14,7 +14,15 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from setwise.pipelines import checkpoint_verbs, comparison_verbs, data_verbs, job_verbs, model_verbs, run_verbs
+from setwise.pipelines import (
+    checkpoint_verbs,
+    cluster_verbs,
+    comparison_verbs,
+    data_verbs,
+    job_verbs,
+    model_verbs,
+    run_verbs,
+)
 from setwise.pipelines.terminal import (
     JsonOption,
     OnOption,
@@ -45,6 +53,7 @@ config_app = typer.Typer(help="Recipes and studies: show, check and explain them
 app.add_typer(data_verbs.app, name="data")
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoint_verbs.app, name="ckpt")
+app.add_typer(cluster_verbs.app, name="cluster")
 app.add_typer(job_verbs.app, name="jobs")
 app.add_typer(model_verbs.app, name="models")
 app.add_typer(run_verbs.app, name="runs")

@@ -46,6 +46,10 @@ class Preset(Settings):
 
     device: str = Field(description="what one worker runs on")
     count: int = Field(ge=1, description="how many of them the machine has")
+    accelerators: tuple[str, ...] = Field(
+        (),
+        description="what Ray's label ray.io/accelerator-type says on such a node, one of these; none for processors",
+    )
     memory_gib: float = Field(gt=0, description="of one device, in GiB")
     tflops: Tflops
     utilisation: Utilisation

@@ -9,6 +9,7 @@ import secrets
 import socket
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from setwise.platform.errors import UnreachableError
@@ -16,6 +17,9 @@ from setwise.platform.errors import UnreachableError
 # Ray Train's report() returns at the controller's next look; at the default of 2 s each epoch would end in a pause.
 CONNECT_S = 10
 REPORT_INTERVAL_S = "0.1"
+
+
+ACCELERATOR = "ray.io/accelerator-type"
 
 
 @contextlib.contextmanager
@@ -70,6 +74,31 @@ def connect(cpus: int | None = None, object_store_bytes: int = 512 * 2**20) -> I
         yield
     finally:
         ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster we are connected to. `accelerator` is its label `ray.io/accelerator-type`."""
+
+    address: str
+    cpus: float
+    gpus: float
+    memory_gib: float
+    accelerator: str | None
+
+
+def nodes() -> list[Node]:
+    """The machines that are alive, by address."""
+    import ray
+
+    found = []
+    for one in ray.nodes():
+        if one["Alive"]:
+            has = one["Resources"]
+            label = (one.get("Labels") or {}).get(ACCELERATOR)
+            memory = has.get("memory", 0) / 2**30
+            found.append(Node(one["NodeManagerAddress"], has.get("CPU", 0), has.get("GPU", 0), memory, label))
+    return sorted(found, key=lambda node: node.address)
 
 
 def gpus() -> int:
