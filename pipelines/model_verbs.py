@@ -39,7 +39,6 @@ def promote(
     folder = open_store(store)
     tracker = open_tracker(folder)
     resolved = references.resolve(reference, folder, tracker)
-    say(f"evaluating {resolved.label} on the test split")
     try:
         done = promotion.promote(resolved, folder, tracker, dry_run, override, asked, say)
     except promotion.RefusedError as refused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import typer.main
+
+from setwise.pipelines import cli
 from setwise.platform import run
 
 SETWISE = Path(sys.executable).parent / "setwise"
@@ -76,3 +80,16 @@ def alive(process: int) -> bool:
 
 def epochs_logged(training: run.Run) -> list[int]:
     return [event["step"] for event in run.read_events(training.events) if event.get("series") == "train"]
+
+
+def parses(line: str) -> None:
+    """Asserts that `setwise VERB ...`, as somebody would type it, is a command with these options."""
+    words = shlex.split(line)[1:]
+    group: Any = typer.main.get_command(cli.app)
+    while hasattr(group, "commands"):
+        name, *words = words
+        if name not in group.commands and "run" in group.commands:  # setwise sweep STUDY
+            name, words = "run", [name, *words]
+        assert name in group.commands, f"'{line}' names no verb"
+        group = group.commands[name]
+    assert group.make_context("setwise", words).params is not None

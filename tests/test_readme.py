@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import typer.main
 
+from commands import parses
 from setwise.pipelines import cli
 
 ROOT = Path(__file__).parents[1]
@@ -38,16 +38,7 @@ def test_the_first_commands_are_the_two_that_matter() -> None:
 
 @pytest.mark.parametrize("line", commands())
 def test_every_command_of_the_readme_parses(line: str) -> None:
-    words = shlex.split(line)[1:]
-    group = typer.main.get_command(cli.app)
-    while hasattr(group, "commands"):
-        name, *words = words
-        if name not in group.commands and "run" in group.commands:  # setwise sweep STUDY
-            name, words = "run", [name, *words]
-        assert name in group.commands, f"'{line}' names no verb"
-        group = group.commands[name]
-    context = group.make_context("setwise", words)
-    assert context.params is not None
+    parses(line)
 
 
 def test_every_verb_is_in_the_readme_and_has_help() -> None:

@@ -14,10 +14,9 @@ from typing import Any
 
 import jsonschema
 import pytest
-import typer.main
 from ruamel.yaml import YAML
 
-from setwise.pipelines import cli
+from commands import parses
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -232,15 +231,7 @@ def test_every_option_of_ray_and_mlflow_is_one_of_theirs() -> None:
 
 @pytest.mark.parametrize("line", [*ENTRYPOINTS, *commands_of_the_guide()])
 def test_every_setwise_command_parses(line: str) -> None:
-    words = shlex.split(line)[1:]
-    group: Any = typer.main.get_command(cli.app)
-    while hasattr(group, "commands"):
-        name, *words = words
-        if name not in group.commands and "run" in group.commands:  # setwise sweep STUDY
-            name, words = "run", [name, *words]
-        assert name in group.commands, f"'{line}' names no verb"
-        group = group.commands[name]
-    assert group.make_context("setwise", words).params is not None
+    parses(line)
 
 
 def test_the_guide_and_the_jobs_have_commands() -> None:

@@ -122,7 +122,7 @@ def test_who_is_overtaken_decides_again_against_the_new_champion(
     else:
         with pytest.raises(GateError, match=r"is 110\.00, below the champion's 120\.00"):
             promote.promote(candidate, tmp_path, one, say=said.append)
-    assert "was changed meanwhile" in said[0]
+    assert said[0] == f"evaluating {candidate.label} on the test split" and "was changed meanwhile" in said[1]
     runs = [entry.run for entry in promotion_ledger.read(one, NAME).entries]
     assert runs == ["first", "other", "candidate"][: 2 + promoted]
     assert head(one).version == champion(one)
@@ -324,7 +324,7 @@ def test_significance_is_judged_with_the_champions_ranks_wherever_they_are(store
     shutil.rmtree(version.source.removeprefix("file://"))
     said: list[str] = []
     unknown = promote.promote(better, tmp_path, one, dry_run=True, asked=asked, say=said.append).decision
-    assert "no interval is known" in unknown.reason and "its files are gone" in said[0]
+    assert "no interval is known" in unknown.reason and "its files are gone" in said[1]
 
 
 def test_a_champion_that_was_deleted_is_not_forgotten(one: Tracker, tmp_path: Path) -> None:
