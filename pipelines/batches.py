@@ -220,15 +220,16 @@ def training_batches(
     world: int = 1,
     drop_last: bool = True,
     threads: int = 0,
+    first: int = 0,
 ) -> Generator[Share, None, None]:
-    """This worker's share of each global batch of an epoch, in the order of (seed, epoch).
+    """This worker's share of each global batch of an epoch, in the order of (seed, epoch), from batch `first` on.
 
     Of a batch that cannot be divided evenly, the first workers have one image more; of a last batch with fewer images
     than workers, the last ones have none. The next ones are made in `threads` while one is in use.
     """
     order = torch.randperm(len(split), generator=seeding.generator(seed, "order", epoch)).tolist()
     number = batches_per_epoch(len(split), batch_size, drop_last)
-    chosen = (order[start : start + batch_size] for start in range(0, number * batch_size, batch_size))
+    chosen = (order[start : start + batch_size] for start in range(first * batch_size, number * batch_size, batch_size))
     return prefetch.ahead((partial(_share, split, part, seed, epoch, rank, world) for part in chosen), threads)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -22,6 +23,7 @@ from setwise.pipelines import (
     job_verbs,
     model_verbs,
     run_verbs,
+    store_verbs,
 )
 from setwise.pipelines.terminal import (
     JsonOption,
@@ -39,6 +41,7 @@ from setwise.pipelines.terminal import (
     results,
     say,
 )
+from setwise.platform import masking, storage
 from setwise.platform.errors import INTERRUPTED, ConfigError, SetwiseError
 from setwise.sweeps import verbs as sweep_verbs
 
@@ -57,6 +60,7 @@ app.add_typer(cluster_verbs.app, name="cluster")
 app.add_typer(job_verbs.app, name="jobs")
 app.add_typer(model_verbs.app, name="models")
 app.add_typer(run_verbs.app, name="runs")
+app.add_typer(store_verbs.app, name="store")
 app.add_typer(sweep_verbs.app, name="sweep")
 
 
@@ -331,17 +335,26 @@ def ui(
 
 def main() -> None:
     """Run a verb; a user's mistake is one message and an exit code, a defect of ours keeps its traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    stderr = logging.StreamHandler()
+    stderr.setFormatter(masking.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[stderr])
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except SetwiseError as error:
-        progress.print(f"error: {error}", markup=False, style="red")
+        progress.print(masking.masked(f"error: {error}"), markup=False, style="red")
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in storage.NOT_WRITABLE:
+            raise
+        told = storage.not_writable(Path(error.filename or "."), error.strerror)
+        progress.print(f"error: {told}", markup=False, style="red")
+        sys.exit(told.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
     except Exception as error:
         if not hasattr(error, "show"):  # typer's usage errors can show themselves; their base class is private
-            raise
+            sys.stderr.write(masking.masked(traceback.format_exc()))
+            sys.exit(SetwiseError.exit_code)
         error.show()
         sys.exit(ConfigError.exit_code)
 

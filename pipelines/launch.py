@@ -1,26 +1,21 @@
-"""Launching a training: its name, its record, and the workers of Ray Train that run the loop of train.py."""
+"""Launching a training: its name, its record, and the command that trains it, or goes on with it."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from setwise.pipelines import batches, prepare, pretrained, records
+from setwise.pipelines import batches, prepare, pretrained, records, worker_group
 from setwise.pipelines.recipe import Recipe
-from setwise.platform import cluster, config, run, storage, system_metrics
-from setwise.platform.errors import ConfigError, DataError, DivergedError, SetwiseError, UnreachableError
-from setwise.platform.outbox import Reader
+from setwise.platform import cluster, config, run, storage
+from setwise.platform.errors import ConfigError, DataError
 from setwise.platform.run import Run
 from setwise.platform.tracking import Courier, Tracker
 
 Say = Callable[[str], None]
-POLL_S = 0.3
-WORKER_CPUS = 0.99
-"""Of a worker without a GPU: whole ones would leave no room for a sweep's trial, which waits for them with 0.01."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,10 @@ def check_trainable(recipe: Recipe) -> None:
 
 
 def execute(planned: Sequence[Plan], tracker: Tracker, say: Say) -> list[Run]:
-    """Train as planned, one after the other, each from where an earlier start of it stopped; deliver to MLflow."""
+    """Train as planned, one after the other, each from where an earlier start of it stopped; deliver to MLflow.
+
+    Ctrl-C or SIGTERM lets the training write a checkpoint after its next step.
+    """
     runs = []
     with contextlib.ExitStack() as cluster_at_need:
         connected = False
@@ -109,11 +107,13 @@ def execute(planned: Sequence[Plan], tracker: Tracker, say: Say) -> list[Run]:
                 if records.ended(training):
                     say(f"run '{plan.name}' is complete already")
                     continue
+                storage.check_writable(training.folder)
                 if not connected:
                     cluster_at_need.enter_context(cluster.connect())
+                    cluster_at_need.enter_context(worker_group.interruptible())
                     connected = True
                 say(f"run '{plan.name}': training on {_processors(plan.recipe)}")
-                train_with_ray(plan.recipe, training, plan.store, on_epoch=_told(plan, say))
+                worker_group.train_with_ray(plan.recipe, training, plan.store, on_epoch=_told(plan, say))
                 records.end(training, "FINISHED")
     return runs
 
@@ -123,7 +123,9 @@ def _told(plan: Plan, say: Say) -> Callable[[dict[str, Any]], None]:
 
 
 def _processors(recipe: Recipe) -> str:
-    return "GPUs" if cluster.gpus() >= recipe.train.workers else "CPUs"
+    workers, use_gpu = worker_group.room(recipe)
+    at_most = "at most " if recipe.train.min_workers is not None else ""
+    return f"{at_most}{workers} {'GPU' if use_gpu else 'CPU'}{'s' if workers > 1 else ''}"
 
 
 def epoch_line(values: dict[str, Any], epochs: int) -> str:
@@ -132,99 +134,3 @@ def epoch_line(values: dict[str, Any], epochs: int) -> str:
         f"epoch {values['epoch']:.0f}/{epochs}  {values['train/seconds']:.0f} s  loss {values['train/total']:.4f}  "
         f"val RSUM {values['val/rsum']:.1f}  i2t R@1 {values['val/i2t_R1']:.1f}  t2i R@1 {values['val/t2i_R1']:.1f}"
     )
-
-
-def train_with_ray(
-    recipe: Recipe,
-    training: Run,
-    store: Path,
-    on_epoch: Callable[[dict[str, Any]], None] | None = None,
-    max_failures: int = 2,
-) -> None:
-    """Train in the workers of Ray Train, on GPUs where the cluster has enough of them.
-
-    A worker that dies is replaced, up to `max_failures` times; the loop then finds the newest checkpoint by itself.
-    Ray's own record of the run is written to a new folder each time, and never read.
-
-    Args:
-        on_epoch: called here, in this thread, with each epoch's metrics as they appear in the run's record.
-    """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    workers = recipe.train.workers
-    gpus, cpus = cluster.gpus(), cluster.cpus()
-    use_gpu = gpus >= workers
-    if not use_gpu and (gpus or cpus < workers):  # Ray would wait for ever, or train on CPUs beside idle GPUs
-        raise ConfigError(
-            f"train.workers={workers}, but the cluster has {gpus} GPUs and {cpus} CPUs: set it to what there is"
-        )
-    attempts = training.folder / "ray"
-    attempt = f"attempt_{len(list(attempts.glob('*'))) if attempts.exists() else 0:03d}"
-    trainer = TorchTrainer(
-        _ray_worker,
-        train_loop_config={"recipe": recipe.model_dump(mode="json"), "run": str(training.folder), "store": str(store)},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": WORKER_CPUS}
-        ),
-        run_config=RunConfig(
-            name=attempt,
-            storage_path=str(attempts),
-            failure_config=FailureConfig(max_failures=max_failures),
-        ),
-    )
-    # Ray Train's callbacks run in a process of Ray's; the record is read instead, while fit() waits in a thread.
-    failure: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    thread.start()
-    record = Reader(training.events)
-    while True:
-        alive = thread.is_alive()  # asked before reading: what came in between is read in the next turn
-        for event in (event for events, _ in record.new() for event in events):
-            if on_epoch is not None and event.get("series") == "train":
-                on_epoch({"epoch": float(event["step"]), **event["values"]})
-        if not alive:
-            break
-        thread.join(POLL_S)
-    if failure:
-        raise _explained(failure[0], training) from failure[0]
-
-
-def _explained(error: BaseException, training: Run) -> BaseException:
-    """An error of Ray Train as a user reads it: what the worker said, not how Ray carried it here."""
-    for line in reversed(str(error).splitlines()):
-        for kind in (DivergedError, ConfigError, DataError, UnreachableError, SetwiseError):
-            before, found, message = line.strip().partition(f"{kind.__name__}: ")
-            if found and (not before or before.endswith(".")):
-                return kind(f"{message} (run {training.folder})")
-    return error
-
-
-@contextlib.contextmanager
-def recording(training: Run) -> Iterator[None]:
-    """Be the one process that writes the record of `training`, and sample how busy the machine is."""
-    with run.writing(training), system_metrics.sampled(training):
-        yield
-
-
-def _ray_worker(settings: dict[str, Any]) -> None:
-    import ray.train
-    import ray.train.torch
-
-    from setwise.pipelines.train import train
-    from setwise.pipelines.workers import Worker
-
-    context = ray.train.get_context()
-    worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    recipe = Recipe.model_validate(settings["recipe"])
-    training = Run(Path(settings["run"]))
-    with recording(training) if worker.rank == 0 else contextlib.nullcontext():
-        train(recipe, training, Path(settings["store"]), worker, ray.train.report)

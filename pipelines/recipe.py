@@ -74,6 +74,12 @@ class TrainConfig(Settings):
     eval_batch_size: int = Field(250, ge=1, description="images in a batch when embedding; changes no result")
     drop_last: bool = Field(True, description="leave out an epoch's last batch if it is not whole")
     workers: int = Field(1, ge=1, description="processes of Ray Train; the batch is divided among them")
+    min_workers: int | None = Field(
+        None, ge=1, description="train with as few where there is no room for `workers`, and with more once there is"
+    )
+    accelerators: tuple[str, ...] = Field(
+        (), description="kinds of GPU to train on, as Ray's label ray.io/accelerator-type has them; none: any"
+    )
     micro_batch: int | None = Field(
         None, ge=1, description="images a worker encodes at a time; less memory, more time, the same numbers"
     )
@@ -87,11 +93,16 @@ class TrainConfig(Settings):
     )
     seed: int = Field(0, ge=0, lt=2**31, description="decides initial weights, order and all that is random")
     keep_checkpoints: int = Field(2, ge=2, description="newest checkpoints kept beside the best one")
+    checkpoint_steps: int | None = Field(
+        500, ge=1, description="steps within an epoch that a crash costs at most; none: as many as an epoch has"
+    )
 
     @model_validator(mode="after")
     def _everyone_has_work(self) -> Self:
         if self.batch_size < self.workers:
             raise ValueError(f"batch_size {self.batch_size} leaves some of {self.workers} workers without an image")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than workers {self.workers}, the most there are")
         return self
 
 

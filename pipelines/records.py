@@ -14,6 +14,7 @@ from setwise.pipelines.prepare import Prepared
 from setwise.pipelines.recipe import Recipe
 from setwise.platform import checkpoint, config, run, storage
 from setwise.platform.errors import DataError
+from setwise.platform.masking import masked
 from setwise.platform.outbox import Outbox
 from setwise.platform.run import Run
 
@@ -75,7 +76,7 @@ def end(training: Run, status: str, reason: str | None = None) -> None:
         return
     outbox = Outbox(training.events)
     events: list[dict[str, Any]] = []
-    tags = {"setwise.status": status} | ({"setwise.reason": reason[:4000]} if reason else {})
+    tags = {"setwise.status": status} | ({"setwise.reason": masked(reason)[:4000]} if reason else {})
     try:
         best = training.best_checkpoint()
     except DataError:

@@ -1,7 +1,8 @@
 """Training one recipe: the loop, to be read from top to bottom.
 
 launch.py runs it in the workers of Ray Train; a sweep runs it in the process of the trial itself. Both may be killed at
-any moment: the loop starts from the newest checkpoint that verifies, wherever Ray believes it was.
+any moment: the loop starts from the newest checkpoint that verifies (resume.py), wherever Ray believes it was. Asked to
+stop, it writes one after its next step.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ from setwise.pipelines import (
     pretrained,
     query_ranks,
     records,
+    resume,
     trained_model,
     workers,
 )
 from setwise.pipelines.batches import Share, Split
 from setwise.pipelines.ranking import Member
 from setwise.pipelines.recipe import Recipe
+from setwise.pipelines.resume import Progress
 from setwise.pipelines.set_health import set_health
 from setwise.pipelines.trained_model import Retrieval
 from setwise.pipelines.workers import Worker
 from setwise.platform import checkpoint, seeding, storage
-from setwise.platform.errors import DataError, DivergedError
+from setwise.platform.errors import DivergedError, StoppedError
 from setwise.platform.outbox import Outbox
 from setwise.platform.run import Run
 
@@ -47,16 +50,21 @@ LOOK_EVERY = 50
 """Steps between two looks at whether the loss is finite, each of which waits for a GPU."""
 
 
-def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report) -> None:
+def train(
+    recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report, notice: Callable[[], bool] = lambda: False
+) -> None:
     """Train `recipe` in `run`, from its newest checkpoint if it has one, to the last epoch.
 
     Args:
         store: where the prepared data set is.
         report: called by every worker at the end of each epoch, with the epoch's metrics and its number, `epoch`.
+        notice: asked by the first worker after each step: whether a machine of the training is about to be taken away.
 
     Raises:
+        StoppedError: somebody asked for it (`run.stop`), or there was such a notice; a checkpoint is written.
         DivergedError: a loss that is not finite; the checkpoints before it stay.
         DataError: the data is not prepared, or is not that on which the run's checkpoint was trained.
+        StorageError: a checkpoint cannot be written; those before it stay.
     """
     config = recipe.train
     torch.set_num_threads(config.threads)
@@ -76,7 +84,7 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
     seeding.seed_everything(seeding.derive(config.seed, "weights"))
     retrieval = Retrieval(recipe, len(words))
     # One worker looks, since looking sets a damaged checkpoint aside.
-    newest = workers.from_first(checkpoint.newest(run.checkpoints) if worker.rank == 0 else None, worker)
+    newest = workers.from_first(resume.newest(run) if worker.rank == 0 else None, worker)
     start_tags = {} if newest else pretrained.start(retrieval.retriever, recipe, words, store / "weights")
     retrieval.to(device)
     if device.type == "cuda":
@@ -84,41 +92,38 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
     adamw = optimizer.make(retrieval, recipe.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
-    # Resume: 1. the newest checkpoint that verifies; 2. else from the start. No random state: all is drawn by key.
-    history: list[dict[str, float]] = []
-    seconds_before = 0.0
+    # Resume: 1. the newest checkpoint that verifies, at an epoch's end or within one; 2. else from the start.
+    progress = Progress(overflows=torch.zeros((), device=device))
     if newest is not None:
-        _check_data(checkpoint.metadata(newest)["data"], prepared, run)
-        retrieval.load_state_dict(checkpoint.weights(newest))
-        saved = checkpoint.training_state(newest)
-        adamw.load_state_dict(saved["optimizer"])
-        for group in adamw.param_groups:
-            group["fused"] = adamw.defaults["fused"]  # as this device has it, wherever the run began
-        scaler.load_state_dict(saved["scaler"])
-        history = checkpoint.metadata(newest)["history"]
-        seconds_before = history[-1]["train/seconds"]
+        resume.check_data(newest, prepared, run)
+        progress = resume.restore(newest, retrieval, adamw, scaler, device)
     workers.synchronize(worker)
     outbox = Outbox(run.events) if worker.rank == 0 else None
     if outbox is not None:
         records.begin(outbox, run, recipe, prepared, start_tags)
-        for values in history:  # a crash may have fallen between a checkpoint and its event
+        for values in progress.history:  # a crash may have fallen between a checkpoint and its event
             outbox.metrics(int(values["epoch"]), _recorded(values))
-        if history:
-            _point_to_best(run, history)
-    for values in history:  # whoever restarted us knows nothing of the epochs before
+        if progress.history:
+            _point_to_best(run, progress.history)
+    for values in progress.history:  # whoever restarted us knows nothing of the epochs before
         report(values)
+
+    def keep() -> None:
+        metadata = _metadata(recipe, words.words, batches.dataset_identity(prepared), run, progress.history)
+        resume.save(
+            run, progress, metadata, retrieval, {"optimizer": adamw.state_dict(), "scaler": scaler.state_dict()}
+        )
 
     if config.compile:
         retrieval.retriever.image_sets.compile()
         retrieval.retriever.text_sets.compile()
     forward: nn.Module | None = None
-    overflows = torch.zeros((), device=device)
-    started = time.monotonic()
-    for epoch in range(len(history) + 1, config.epochs + 1):
+    started = time.monotonic() - progress.seconds
+    for epoch in range(len(progress.history) + 1, config.epochs + 1):
         retrieval.train()
         if optimizer.freeze(retrieval, recipe.optimizer, epoch) or forward is None:
             forward = workers.parallel(retrieval.retriever, worker)
-        sums: dict[str, Tensor] = {}
+        sums = progress.sums
         failure = torch.full((len(LossParts._fields) + 2,), -1.0, device=device)
 
         shares = batches.training_batches(
@@ -130,10 +135,11 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
             worker.world,
             config.drop_last,
             config.loader_threads,
+            first=progress.step,
         )
-        epoch_started = time.monotonic()
+        epoch_started = time.monotonic() - progress.epoch_seconds
         with contextlib.closing(shares):  # whatever is made ahead ends with the loop
-            for number, share in enumerate(shares):
+            for number, share in enumerate(shares, progress.step):
                 step = (epoch - 1) * steps_per_epoch + number
                 rate = optimizer.learning_rate(recipe.optimizer, step, total_steps, steps_per_epoch)
                 optimizer.set_learning_rate(adamw, rate)
@@ -143,19 +149,32 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
 
                 # Numbers stay on the device: to look at one would wait for the GPU.
                 updated = norm.isfinite()  # in fp16 a gradient may overflow
-                overflows = torch.where(updated, 0.0, overflows + 1)
-                may_overflow = overflows <= (MAX_OVERFLOWS if scaler.is_enabled() else 0)
+                progress.overflows = torch.where(updated, 0.0, progress.overflows + 1)
+                may_overflow = progress.overflows <= (MAX_OVERFLOWS if scaler.is_enabled() else 0)
                 failure = _first_failure(failure, step, parts, norm, may_overflow)
                 if device.type == "cpu" or number % LOOK_EVERY == LOOK_EVERY - 1:
                     _stop_at(failure, steps_per_epoch)
                 counted = {**parts._asdict(), "gradient_norm": torch.where(updated, norm, 0.0), "updates": updated}
                 for name, value in counted.items():
                     sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
+
+                # Within an epoch the first worker alone writes: all have the same weights, so none has to wait for it.
+                progress.step = number + 1
+                if worker.rank == 0:
+                    asked = run.stop.exists() or notice()
+                    if asked or _is_due(progress.step, steps_per_epoch, config.checkpoint_steps):
+                        _stop_at(failure, steps_per_epoch)  # what is not finite is never kept
+                        now = time.monotonic()
+                        progress.epoch_seconds, progress.seconds = now - epoch_started, now - started
+                        keep()
+                    if asked:
+                        raise StoppedError(f"stopped in epoch {epoch}, after step {progress.step} of {steps_per_epoch}")
         _stop_at(failure, steps_per_epoch)  # which waits for a GPU, so that the clock is read after its last step
         epoch_seconds = time.monotonic() - epoch_started
 
         # The epoch's end: validate, checkpoint, then tell; in this order, so that what was told can be found again.
-        values = {"epoch": float(epoch), "train/lr": rate}
+        last = optimizer.learning_rate(recipe.optimizer, epoch * steps_per_epoch - 1, total_steps, steps_per_epoch)
+        values = {"epoch": float(epoch), "train/lr": last}
         updates = float(sums.pop("updates"))
         values |= {f"train/{name}": float(value) / steps_per_epoch for name, value in sums.items()}
         values["train/gradient_norm"] *= steps_per_epoch / max(updates, 1)
@@ -163,16 +182,17 @@ def train(recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report)
         values["train/images_per_second"] = images_seen / epoch_seconds
         if worker.rank == 0:
             values |= validate(retrieval, validation, config.eval_batch_size, device, config.loader_threads)
-        values["train/seconds"] = seconds_before + time.monotonic() - started
-        history = [*history, values]
+        values["train/seconds"] = time.monotonic() - started
+        progress = Progress([*progress.history, values], overflows=progress.overflows, seconds=values["train/seconds"])
         if outbox is not None:
-            metadata = _metadata(recipe, words.words, batches.dataset_identity(prepared), run, history)
-            state = {"optimizer": adamw.state_dict(), "scaler": scaler.state_dict()}
-            checkpoint.save(run.checkpoints / _name(epoch), retrieval.state_dict(), metadata, state)
-            best = _point_to_best(run, history)
-            kept = [_name(number) for number in range(epoch, epoch - config.keep_checkpoints, -1)]
+            keep()
+            best = _point_to_best(run, progress.history)
+            kept = [resume.epoch_name(number) for number in range(epoch, epoch - config.keep_checkpoints, -1)]
             checkpoint.prune(run.checkpoints, keep={best, *kept})
+            checkpoint.prune(run.steps, keep=())
             outbox.metrics(epoch, _recorded(values))
+            if run.stop.exists() and epoch < config.epochs:
+                raise StoppedError(f"stopped after epoch {epoch}")
         workers.synchronize(worker)
         report(values)
 
@@ -235,8 +255,9 @@ def _recorded(values: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in values.items() if name != "epoch"}
 
 
-def _name(epoch: int) -> str:
-    return f"epoch_{epoch:04d}"
+def _is_due(step: int, steps_per_epoch: int, checkpoint_steps: int | None) -> bool:
+    """Whether a checkpoint within the epoch follows so many steps; after the last the epoch's own does."""
+    return checkpoint_steps is not None and step % checkpoint_steps == 0 and step < steps_per_epoch
 
 
 def _metadata(
@@ -254,18 +275,10 @@ def _metadata(
     }
 
 
-def _check_data(trained_on: dict[str, Any], prepared: prepare.Prepared, run: Run) -> None:
-    if trained_on != batches.dataset_identity(prepared):
-        raise DataError(
-            f"run '{run.name}' was trained on data {trained_on}, and what is prepared now is another: "
-            f"{batches.dataset_identity(prepared)}. Prepare the same data again, or start a new run."
-        )
-
-
 def _point_to_best(run: Run, history: list[dict[str, float]]) -> str:
     """Name the best checkpoint in `best.json`; of equals, the earlier."""
     best = max(history, key=lambda values: values[METRIC])
-    name = _name(int(best["epoch"]))
+    name = resume.epoch_name(int(best["epoch"]))
     storage.write_json(run.folder / "best.json", {"checkpoint": name, "metric": METRIC, "value": best[METRIC]})
     return name
 

@@ -41,15 +41,23 @@ def save(
         metadata: JSON values: step, configuration, lineage.
         training_state: nested plain values and tensors that `torch.load(weights_only=True)` accepts, or None for a
             checkpoint that is for use only.
+
+    Raises:
+        StorageError: the disk is full or cannot be written; under the name is what was there before.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with storage.publish_folder(folder) as building:
-        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, building / WEIGHTS)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    with storage.writing_to(folder.parent), storage.publish_folder(folder) as building:
         (building / METADATA).write_text(json.dumps(metadata, indent=1, sort_keys=True) + "\n")
-        if training_state is not None:
-            torch.save(dict(training_state), building / TRAINING_STATE)
+        try:
+            save_file(tensors, building / WEIGHTS)
+            if training_state is not None:
+                torch.save(dict(training_state), building / TRAINING_STATE)
+        except (SafetensorError, RuntimeError) as error:  # what they make of an error of the operating system
+            raise storage.not_writable(folder.parent, "a write failed") from error
         write_manifest(building)
 
 
@@ -96,15 +104,16 @@ def verify(folder: Path) -> None:
             raise DataError(f"{path}: damaged (its content is not what {MANIFEST} recorded)")
 
 
-def newest(parent: Path) -> Path | None:
-    """The newest checkpoint under `parent` that verifies; names sort by age.
+def newest(*parents: Path) -> Path | None:
+    """The newest checkpoint under any of `parents` that verifies; names sort by age.
 
     A damaged one is set aside as `NAME.damaged`, with a warning, and the one before it is taken.
 
     Raises:
         DataError: there were checkpoints, and all of them are damaged: going on would silently start from nothing.
     """
-    folders = sorted((p for p in parent.glob("*") if p.is_dir() and not _set_aside(p)), reverse=True)
+    found = (path for parent in parents for path in parent.glob("*") if path.is_dir() and not _set_aside(path))
+    folders = sorted(found, key=lambda path: path.name, reverse=True)
     for folder in folders:
         try:
             verify(folder)
@@ -115,9 +124,9 @@ def newest(parent: Path) -> Path | None:
             log.warning("%s. Set aside as %s; falling back to the checkpoint before it.", error, aside.name)
             continue
         return folder
-    if damaged := sorted(p.name for p in parent.glob("*.damaged")):
+    if damaged := sorted(path.name for parent in parents for path in parent.glob("*.damaged")):
         raise DataError(
-            f"{parent}: every checkpoint is damaged ({', '.join(damaged)}). Restore one, or remove the run."
+            f"{parents[0]}: every checkpoint is damaged ({', '.join(damaged)}). Restore one, or remove the run."
         )
     return None
 

@@ -8,7 +8,8 @@ import os
 import secrets
 import socket
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,13 @@ from setwise.platform.errors import UnreachableError
 
 # Ray Train's report() returns at the controller's next look; at the default of 2 s each epoch would end in a pause.
 CONNECT_S = 10
+ANSWER_S = 30
+"""An autoscaler looks every 5 s."""
 REPORT_INTERVAL_S = "0.1"
 
 
 ACCELERATOR = "ray.io/accelerator-type"
+GROUP = "ray.io/node-group"
 
 
 @contextlib.contextmanager
@@ -59,15 +63,16 @@ def connect(cpus: int | None = None, object_store_bytes: int = 512 * 2**20) -> I
             _check_answers(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            ray.init(
-                address="local",
-                num_cpus=cpus or len(os.sched_getaffinity(0)),
-                object_store_memory=object_store_bytes,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=os.environ.get("SETWISE_RAY_TEMP") or str(Path(tempfile.gettempdir()) / "ray"),
-            )
+            with _on_loopback():
+                ray.init(
+                    address="local",
+                    num_cpus=cpus or len(os.sched_getaffinity(0)),
+                    object_store_memory=object_store_bytes,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=os.environ.get("SETWISE_RAY_TEMP") or str(Path(tempfile.gettempdir()) / "ray"),
+                )
     except (OSError, RuntimeError) as error:
         raise UnreachableError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
     try:
@@ -78,13 +83,26 @@ def connect(cpus: int | None = None, object_store_bytes: int = 512 * 2**20) -> I
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster we are connected to. `accelerator` is its label `ray.io/accelerator-type`."""
+    """A machine of the cluster. `accelerator` and `group`, an autoscaler's, are Ray's labels of it."""
 
     address: str
     cpus: float
     gpus: float
     memory_gib: float
     accelerator: str | None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What machines of some kinds have together or, where an autoscaler says how far it goes, can have.
+
+    `grows` says that an autoscaler may start more of them and tells nobody how many.
+    """
+
+    gpus: int
+    cpus: int
+    grows: bool
 
 
 def nodes() -> list[Node]:
@@ -94,11 +112,97 @@ def nodes() -> list[Node]:
     found = []
     for one in ray.nodes():
         if one["Alive"]:
-            has = one["Resources"]
-            label = (one.get("Labels") or {}).get(ACCELERATOR)
+            has, labels = one["Resources"], one.get("Labels") or {}
             memory = has.get("memory", 0) / 2**30
-            found.append(Node(one["NodeManagerAddress"], has.get("CPU", 0), has.get("GPU", 0), memory, label))
+            kind, group = labels.get(ACCELERATOR), labels.get(GROUP)
+            found.append(Node(one["NodeManagerAddress"], has.get("CPU", 0), has.get("GPU", 0), memory, kind, group))
     return sorted(found, key=lambda node: node.address)
+
+
+def fitting(accelerators: Sequence[str], among: Sequence[Node]) -> list[Node]:
+    """Machines with one of these labels; without any, all."""
+    return [node for node in among if not accelerators or node.accelerator in accelerators]
+
+
+def selector(accelerators: Sequence[str]) -> dict[str, str]:
+    """Ray's label selector for machines with one of these labels; without any, for all."""
+    return {ACCELERATOR: f"in({','.join(accelerators)})"} if accelerators else {}
+
+
+def capacity(accelerators: Sequence[str] = ()) -> Capacity:
+    """What the cluster we are connected to has, on machines with one of these labels.
+
+    Some autoscalers tell Ray their groups: they count with as many machines as they may have, unless one of them is
+    alive and has another label. KubeRay's does not (Ray 2.60); it is known to be there, and no more.
+    """
+    import ray
+
+    alive = nodes()
+    there = fitting(accelerators, alive)
+    gpus, cpus = (int(sum(getattr(node, what) for node in there)) for what in ("gpus", "cpus"))
+    told = ray._private.state.state.get_cluster_config()
+    if told is None or not told.node_group_configs:
+        return Capacity(gpus, cpus, _has_autoscaler())
+    labels = {node.group: node.accelerator for node in alive}
+    groups = [
+        group
+        for group in told.node_group_configs
+        if not accelerators or group.name not in labels or labels[group.name] in accelerators
+    ]
+    most = {"GPU": gpus, "CPU": cpus}
+    for name, now in most.items():
+        could = sum(group.max_count * group.resources.get(name, 0) for group in groups)
+        most[name] = max(now, min(could, told.max_resources.get(name, could)))
+    endless = any(group.max_count < 0 for group in groups)
+    return Capacity(most["GPU"], most["CPU"], endless)
+
+
+def most_workers(accelerators: Sequence[str], wanted: int) -> int:
+    """Upper end of an elastic range of workers with one GPU each.
+
+    Ray Train counts how many there is room for over all machines, whatever their labels. Where some have other labels,
+    it would start workers that find no place, so there are no more than fit now; but one, for which an autoscaler may
+    start a machine.
+    """
+    alive = nodes()
+    there = fitting(accelerators, alive)
+    if sum(node.gpus for node in alive) == sum(node.gpus for node in there):
+        return wanted
+    return min(wanted, max(1, sum(int(node.gpus) for node in there)))
+
+
+def can_start(accelerators: Sequence[str]) -> bool:
+    """Whether the autoscaler has machines with a GPU and one of these labels, or does not say so in ANSWER_S.
+
+    It is asked for a GPU, and reports what it can never give. Where it can, it may have begun to start a machine.
+    """
+    import ray
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    client = ray.experimental.internal_kv.internal_kv_get_gcs_client()
+    request = ray.util.placement_group([{"GPU": 1}], bundle_label_selector=[selector(accelerators)])
+    asked, deadline = None, time.monotonic() + ANSWER_S
+    try:
+        while time.monotonic() < deadline:
+            status = GetClusterStatusReply.FromString(client.get_cluster_status())
+            state = status.autoscaling_state
+            if any(one.details.startswith(request.id.hex()) for one in state.infeasible_gang_resource_requests):
+                return False
+            if asked is None:
+                asked = status.cluster_resource_state.cluster_resource_state_version
+            if state.last_seen_cluster_resource_state_version > asked:  # it has looked since, and knows a group
+                return True
+            time.sleep(0.2)
+        return True
+    finally:
+        ray.util.remove_placement_group(request)
+
+
+def _has_autoscaler() -> bool:
+    """Whether Ray's autoscaler v2 runs, as it does on KubeRay and with `ray up`."""
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    return bool(is_autoscaler_v2(fetch_from_server=True))
 
 
 def gpus() -> int:
@@ -120,6 +224,22 @@ def _check_answers(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let a cluster that is started now listen on loopback alone, as Ray's own switch does for Windows and macOS.
+
+    A loopback `_node_ip_address` does not do it: Ray replaces it by the machine's address, and listens on all.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _private_token() -> None:

@@ -5,6 +5,10 @@ user's situation; every other exception is a defect of ours and keeps its traceb
 """
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells count it: 128 + SIGINT."""
+
+
 class SetwiseError(Exception):
     """Failed while running."""
 
@@ -39,11 +43,17 @@ class DataError(SetwiseError):
     exit_code = 5
 
 
+class StorageError(SetwiseError):
+    """The store cannot be written: full, read-only, or gone. What was whole before it still is."""
+
+
 class UnreachableError(SetwiseError):
     """The cluster, the tracking server, or where published weights are to come from, cannot be reached."""
 
     exit_code = 6
 
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells count it: 128 + SIGINT."""
+class StoppedError(SetwiseError):
+    """A training stopped between two steps, since it was asked to; its checkpoint is written."""
+
+    exit_code = INTERRUPTED

@@ -27,13 +27,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from setwise.platform.errors import ConfigError, SetwiseError, UnreachableError
+from setwise.platform.masking import SECRET_NAME, holds_secret
 
 PATIENCE_S = 10
 GRACE_S = 30  # between SIGTERM and SIGKILL; Ray's 3 s are short for a checkpoint
 LOOK_S = 0.5  # between two looks at a job whose log has ended
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|PASSPHRASE|PWD|CREDENTIAL|AUTH|(^|_)(API|ACCESS|PRIVATE)?_?KEY", re.I)
-PASSWORD_IN_URL = re.compile(r"://[^/\s@:]*:[^/\s@]+@")
 READ_BY_ALL = (
     "The environment and the command of a job are readable by everybody on the cluster, and stand in its logs: "
     "give secrets to the nodes instead, in the environment in which Ray is started"
@@ -86,13 +85,15 @@ class Jobs:
         The folder is on the search path of the command and of every process that it starts on the cluster.
 
         Raises:
-            ConfigError: `name` is no id, or another job has it, or a word holds a password.
+            ConfigError: `name` is no id, or another job has it, or a word holds a secret.
         """
         if name is not None and not ID.fullmatch(name):
             raise ConfigError(f"'{name}' cannot name a job: use letters, digits, '.', '_' and '-', 80 at most")
         for word in words:
-            if PASSWORD_IN_URL.search(word):
-                raise ConfigError(f"an address in the command holds a password. {READ_BY_ALL}.")
+            if holds_secret(word):
+                raise ConfigError(
+                    f"the command holds a password, or what a secret environment variable does. {READ_BY_ALL}."
+                )
         with self._asking():
             return str(
                 self.client.submit_job(
@@ -237,7 +238,7 @@ def public_environment(names: Sequence[str]) -> dict[str, str]:
     """Values of environment variables that may go along with a job.
 
     Raises:
-        ConfigError: one is not set, or looks like a secret by its name or holds an address with a password.
+        ConfigError: one is not set, or looks like a secret by its name or by what it holds.
     """
     found = {}
     for name in names:
@@ -245,8 +246,10 @@ def public_environment(names: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"{name} is not set in this environment")
         if SECRET_NAME.search(name):
             raise ConfigError(f"{name} looks like a secret and is not sent. {READ_BY_ALL}.")
-        if PASSWORD_IN_URL.search(os.environ[name]):
-            raise ConfigError(f"the address in {name} holds a password and is not sent. {READ_BY_ALL}.")
+        if holds_secret(os.environ[name]):
+            raise ConfigError(
+                f"{name} holds a password, or what a secret variable does, and is not sent. {READ_BY_ALL}."
+            )
         found[name] = os.environ[name]
     return found
 

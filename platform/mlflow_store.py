@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from setwise.platform.errors import UnreachableError
+from setwise.platform.masking import masked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -71,7 +72,7 @@ def _connect_once(uri: str) -> None:
         engine.dispose()
     except ImportError as error:
         hint = "postgresql://... needs: pip install 'setwise[postgres]'"
-        raise UnreachableError(f"tracking store {without_password(uri)}: {error}; {hint}") from error
+        raise UnreachableError(masked(f"tracking store {uri}: {error}; {hint}")) from error
     except sqlalchemy.exc.SQLAlchemyError as error:
         raise unreachable(uri, error) from error
 
@@ -81,17 +82,13 @@ def is_database(uri: str) -> bool:
     return re.split("[:+]", uri)[0] in DATABASES
 
 
-def without_password(uri: str) -> str:
-    return re.sub(r"(://[^/:@]*):[^/@]*@", r"\1:***@", uri)
-
-
 def unreachable(uri: str, error: Exception) -> UnreachableError:
     if "ConnectionPool" not in str(error):
-        return UnreachableError(f"tracking store {without_password(uri)}: {error}")
+        return UnreachableError(masked(f"tracking store {uri}: {error}"))
     found = re.search(r"\[Errno -?\d+\] ([^\"')]+)|timed out", str(error))
     reason = "no answer" if found is None else found[1] or found[0]
     hint = "Is the server running, and MLFLOW_TRACKING_URI its address?"
-    return UnreachableError(f"tracking store {without_password(uri)} does not answer ({reason}). {hint}")
+    return UnreachableError(masked(f"tracking store {uri} does not answer ({reason}). {hint}"))
 
 
 def is_away(error: Exception) -> bool:

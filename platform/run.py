@@ -7,6 +7,8 @@ NAME/
   code.diff          what differed from that commit
   events.jsonl       parameters, metrics and tags in order, with their times: the outbox that tracking delivers
   checkpoints/       epoch_0007/ ..., and best.json, which names the best of them
+  steps/             epoch_0007_step_000500/ ...: within the epoch that is being trained, only to go on from
+  stop               somebody's wish that the training stops after its next step
   evaluation/        one JSON file a benchmark
 """
 
@@ -27,9 +29,14 @@ from typing import Any
 
 from setwise.platform import checkpoint, storage
 from setwise.platform.errors import ConfigError, DataError
+from setwise.platform.masking import holds_secret, masked
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 MAX_DIFF_BYTES = 1_000_000
+SENT_CODE = "code_state.json"
+"""Lies beside the folder of this module where the code was sent to: what `code_state` said at the sender's."""
+BUILT_FROM = "SETWISE_COMMIT"
+"""Environment variable of an image: the commit it was built from, with `-dirty` behind it if there were changes."""
 WRITER_WAIT_S = 60
 RECORDED_PACKAGES = (
     *("setwise", "ray", "torch", "torchvision", "transformers", "tokenizers"),
@@ -54,6 +61,14 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def steps(self) -> Path:
+        return self.folder / "steps"
+
+    @property
+    def stop(self) -> Path:
+        return self.folder / "stop"
 
     @property
     def evaluation(self) -> Path:
@@ -87,9 +102,12 @@ class Run:
             DataError: the run has none, or it is damaged.
         """
         try:
-            folder = self.checkpoints / str(storage.read_json(self.folder / "best.json")["checkpoint"])
+            name = str(storage.read_json(self.folder / "best.json")["checkpoint"])
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{self.folder}: this run has no checkpoint yet") from error
+        folder = self.checkpoints / name
+        if folder.name != name:
+            raise DataError(f"{self.folder / 'best.json'}: '{name}' is no checkpoint of this run")
         checkpoint.verify(folder)
         return folder
 
@@ -112,9 +130,14 @@ def create(folder: Path, name: str, config_yaml: str, experiment: str, parent: R
     """The run called `name` in `folder`: made if new, reopened if it has this configuration.
 
     Raises:
-        ConfigError: the name is taken by a run with another configuration.
+        ConfigError: the name is taken by a run with another configuration, or the configuration holds a secret.
     """
     run = Run(folder / check_name(name))
+    if holds_secret(config_yaml):
+        raise ConfigError(
+            f"the configuration of '{name}' holds a password, or what a secret environment variable does, and would be "
+            "read by everybody in the record of the run: take it out"
+        )
     if run.config.is_file():
         if run.config.read_text() != config_yaml:
             raise ConfigError(
@@ -146,12 +169,19 @@ def environment() -> dict[str, Any]:
         "processor": platform.machine(),
         "cpus": os.cpu_count(),
         "packages": packages,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [masked(word) for word in (Path(sys.argv[0]).name, *sys.argv[1:])],
     }
 
 
 def code_state(folder: Path) -> tuple[dict[str, Any], bytes]:
-    """Commit of the checkout around `folder`, and the difference to it, capped; empty where there is no git."""
+    """Commit of the code in `folder`, a package's, and the difference to it, capped, with `***` for secrets.
+
+    It is known from the sender of the code, from the checkout that tracks it, or from the building of the image.
+    """
+    sent = folder.parent / SENT_CODE
+    if sent.is_file():
+        known = storage.read_json(sent)
+        return known["state"], known["difference"].encode(errors="surrogateescape")
 
     def git(*arguments: str) -> bytes | None:
         try:
@@ -160,9 +190,11 @@ def code_state(folder: Path) -> tuple[dict[str, Any], bytes]:
             return None
         return done.stdout
 
-    commit = git("rev-parse", "HEAD")
+    commit = git("rev-parse", "HEAD") if git("ls-files", "--", ".") else None  # a checkout of others may be around it
     if commit is None:
-        return {"commit": None, "dirty": None}, b""
+        built_from = os.environ.get(BUILT_FROM)
+        dirty = built_from.endswith("-dirty") if built_from else None
+        return {"commit": built_from.removesuffix("-dirty") if built_from else None, "dirty": dirty}, b""
     difference = git("diff", "HEAD", "--no-color", "--no-ext-diff") or b""
     unknown = (git("ls-files", "--others", "--exclude-standard", ":/") or b"").decode(errors="replace").splitlines()
     state = {
@@ -171,7 +203,15 @@ def code_state(folder: Path) -> tuple[dict[str, Any], bytes]:
         "diff_bytes": len(difference),
         "untracked": unknown[:100],
     }
-    return state, difference[:MAX_DIFF_BYTES]
+    shown = masked(difference[: 2 * MAX_DIFF_BYTES].decode(errors="surrogateescape"))
+    return state, shown.encode(errors="surrogateescape")[:MAX_DIFF_BYTES]
+
+
+def describe_code(folder: Path) -> bytes:
+    """What `code_state` says, as the file SENT_CODE of what is sent."""
+    state, difference = code_state(folder)
+    known = {"state": state, "difference": difference.decode(errors="surrogateescape")}
+    return json.dumps(known, indent=1, sort_keys=True).encode()
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,7 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from setwise.platform.errors import SetwiseError
+from setwise.platform.errors import SetwiseError, StorageError
+
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+"""What the operating system says of a disk that is full, read-only, broken or gone."""
 
 
 def root(explicit: str | Path | None = None) -> Path:
@@ -23,6 +27,40 @@ def root(explicit: str | Path | None = None) -> Path:
     folder = Path(explicit or os.environ.get("SETWISE_STORE") or ".setwise").expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Raises StorageError where `folder` turns out not to be writable while the block runs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        raise not_writable(folder, error.strerror) from error
+
+
+def not_writable(folder: Path, said: str | None) -> StorageError:
+    """What to tell where writing below `folder` failed."""
+    try:
+        free = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB free"
+    except OSError:
+        free = "it does not answer"
+    return StorageError(
+        f"{folder}: cannot be written ({said}; {free}). What was whole before still is. Make room, or mount it again, "
+        "and give the same command: it goes on"
+    )
+
+
+def check_writable(folder: Path) -> None:
+    """Raises StorageError unless a file can be written in `folder` now."""
+    try:
+        with tempfile.NamedTemporaryFile(prefix=".writable.", dir=folder) as probe:
+            probe.write(bytes(4096))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:  # also where it is somebody else's
+        raise not_writable(folder, error.strerror) from error
 
 
 def sync_folder(folder: Path) -> None:

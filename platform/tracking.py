@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from setwise.platform import mlflow_store, storage
 from setwise.platform import run as runs
 from setwise.platform.errors import UnreachableError
+from setwise.platform.masking import masked
 from setwise.platform.outbox import Event, Reader
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Tracker:
                 f"tracking URI '{self.uri}' is a file store, which MLflow no longer writes. "
                 "Use sqlite:///FOLDER/mlflow.db, postgresql://... or the address of a server."
             )
-        self.address = mlflow_store.without_password(self.uri)
+        self.address = masked(self.uri)
         self.store = store
         self.artifacts = store / "artifacts"
         self.deadline = 0.0
@@ -227,6 +228,9 @@ class Tracker:
                 self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
             case "artifact":
                 path = run.folder / event["path"]
+                if not _is_within(run.folder, path):
+                    log.warning("%s: '%s' leads out of the run and is not uploaded", run.folder, event["path"])
+                    return
                 size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
                 seconds = mlflow_store.CALL_S + size / SLOWEST_UPLOAD
                 self._may_take(PATIENCE_S + seconds)
@@ -244,12 +248,19 @@ class Tracker:
                 self.client.set_terminated(run_id, event["value"], end_time=event["time"])
 
 
+def _is_within(folder: Path, path: Path) -> bool:
+    """Whether a file, or all in a folder, lies in `folder`; a run may be somebody else's, and the files here ours."""
+    home = folder.resolve()
+    return all(one.resolve().is_relative_to(home) for one in [path, *path.rglob("*")])
+
+
 def _text(value: object, limit: int) -> str:
-    """A value as every store takes it: one that it refused would keep back all that comes after.
+    """A value as every store takes it, and as everybody may read it: one that was refused would keep back all that
+    comes after.
 
     The name of a file, in the reason of a failure, may hold what is no text.
     """
-    return str(value).replace("\0", "?").encode(errors="replace").decode()[:limit]
+    return masked(str(value)).replace("\0", "?").encode(errors="replace").decode()[:limit]
 
 
 def _batches(lines: list[tuple[list[Event], int]]) -> Iterator[tuple[list[Event], int]]:
@@ -277,7 +288,8 @@ class Courier:
     def __init__(self, tracker: Tracker, interval: float = 2.0) -> None:
         self.tracker = tracker
         self.interval = interval
-        self._runs: dict[Path, runs.Run] = {}
+        self._runs: dict[Path, tuple[runs.Run, bool]] = {}
+        self._left: dict[Path, tuple[runs.Run, bool]] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._failure: Exception | None = None
@@ -285,14 +297,22 @@ class Courier:
         self._thread = threading.Thread(target=self._work, name="courier", daemon=True)
         self._thread.start()
 
-    def add(self, run: runs.Run) -> None:
+    def add(self, run: runs.Run, ended: bool = False) -> None:
+        """Deliver `run` from now on; one that has `ended` once, and what may come after that on closing.
+
+        A sweep has ever more of those, and a look at each of them every time would take ever longer.
+        """
         with self._lock:
-            self._runs[run.folder] = run
+            self._left.pop(run.folder, None)
+            self._runs[run.folder] = (run, ended)
 
     def _work(self) -> None:
         closing = False
         while not closing:
             closing = self._closing.wait(self.interval)
+            if closing:
+                with self._lock:
+                    self._runs |= self._left
             self._failure = self._round()
             self._tell_of_outage()
 
@@ -302,7 +322,8 @@ class Courier:
         with self._lock:
             pending = list(self._runs.values())
         failure: Exception | None = None
-        for run in pending:
+        for added in pending:
+            run, ended = added
             try:
                 self.tracker.deliver(run)
             except Exception as error:
@@ -312,6 +333,10 @@ class Courier:
                     with self._lock:
                         self._runs[run.folder] = self._runs.pop(run.folder)
                     break
+            else:
+                with self._lock:
+                    if ended and self._runs[run.folder] is added:  # else it was added anew meanwhile
+                        self._left[run.folder] = self._runs.pop(run.folder)
         return failure
 
     def _tell_of_outage(self) -> None:

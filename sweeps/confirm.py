@@ -16,10 +16,10 @@ from typing import Any
 from ray import tune
 from ray.tune import Callback
 
-from setwise.pipelines import prepare, pretrained, records
+from setwise.pipelines import prepare, pretrained, records, worker_group
 from setwise.pipelines.recipe import Recipe
 from setwise.platform import cluster, config, run, storage
-from setwise.platform.errors import ConfigError, DataError
+from setwise.platform.errors import ConfigError, DataError, StorageError
 from setwise.platform.outbox import Outbox
 from setwise.platform.run import Run
 from setwise.platform.tracking import Courier, Tracker
@@ -29,7 +29,7 @@ from setwise.sweeps import study as studies
 from setwise.sweeps.analysis import Row
 from setwise.sweeps.limits import Stopped, forget_stop
 from setwise.sweeps.space import Study, with_values
-from setwise.sweeps.study import FAILURE, METRIC, NUMBER, RETURNED_VALUES, TIME
+from setwise.sweeps.study import FAILURE, METRIC, NUMBER, RETURNED_VALUES, STUDY_FAILURE, TIME
 from setwise.sweeps.trial import settings_of, train_trial
 from setwise.sweeps.watch import last_words
 
@@ -89,7 +89,7 @@ def confirm(name: str, store: Path, tracker: Tracker, say: Say, best: int, seeds
             f"{base.train.epochs} epochs, {len(trainings) - len(left)} of them done already"
         )
         if left:
-            with cluster.connect(), sweeps.interruptible(), Courier(tracker) as courier:
+            with cluster.connect(), worker_group.interruptible(), Courier(tracker) as courier:
                 for one in trainings:
                     courier.add(one.training)
                 try:
@@ -135,7 +135,7 @@ def _train(left: list[Again], spec: Study, base: Recipe, name: str, store: Path,
     share = sweeps.share_of(base.train, spec.trials_per_gpu)
     objectives = ("val/rsum",)  # the others are as they were: no seed changes them
     settings = settings_of(name, base, store, objectives, population=False)
-    sweeps.make_tuner(
+    tuner = sweeps.make_tuner(
         tune.with_parameters(_train_again, settings=settings),
         share,
         base.train,
@@ -143,7 +143,12 @@ def _train(left: list[Again], spec: Study, base: Recipe, name: str, store: Path,
         progress,
         param_space={AGAIN: tune.grid_search([one.to_config() for one in left])},
         max_concurrent_trials=share.at_once,
-    ).fit()
+    )
+    try:
+        tuner.fit()
+    except KeyboardInterrupt:
+        progress.stop_trainings()
+        raise
 
 
 def _train_again(config: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -159,12 +164,21 @@ class Progress(Callback):  # type: ignore[misc]  # Ray leaves its classes untype
         self._courier = courier
         self._stop = folder / "stop"
         self._say = say
+        self._running: list[Any] = []
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._running = [trial for trial in trials if trial.status == "RUNNING"]
         if self._stop.exists():
+            self.stop_trainings()
             raise Stopped("setwise sweep stop was asked for")
 
+    def stop_trainings(self) -> None:
+        """Let those that are running write a checkpoint after their next step."""
+        worker_group.stop([self._run(trial) for trial in self._running])
+
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        if STUDY_FAILURE in result:
+            raise StorageError(result[STUDY_FAILURE])
         if FAILURE not in result:
             said = f"{self._run(trial).name}  epoch {result[TIME]}/{self._epochs}  val RSUM {result[METRIC]:.1f}"
             self._say(said)

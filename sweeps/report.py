@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 MIN_TRIALS_FOR_IMPORTANCE = 4
 FEW_TRIALS = 20
+DONE = ("complete", "pruned", "failed")
+FRAME_LINES = 7
+"""Of a terminal, those around the rows of a table: its title, head, borders and what it leaves out."""
 
 
 @dataclass
@@ -54,7 +57,7 @@ class TrialTable:
 
     def __post_init__(self) -> None:
         self._started = time.monotonic()
-        self._live = Live(get_renderable=self.render, console=self.console, refresh_per_second=2, transient=True)
+        self._live = Live(get_renderable=self._render_live, console=self.console, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> TrialTable:
         if self.console.is_terminal:
@@ -82,9 +85,17 @@ class TrialTable:
                 highlight=False,
             )
 
-    def render(self) -> Table:
+    def _render_live(self) -> Table:
+        return self.render(most=max(1, self.console.height - FRAME_LINES))
+
+    def render(self, most: int | None = None) -> Table:
+        """The trials by number; where they are more than `most`, those at work, the best one and the newest."""
         rows = sorted(self.rows.values(), key=lambda row: row.number)
-        done = sum(row.state in ("complete", "pruned", "failed") for row in rows)
+        done = sum(row.state in DONE for row in rows)
+        leader = max((row.best for row in rows if row.best is not None), default=None)
+        if most is not None and len(rows) > most:
+            rows.sort(key=lambda row: (row.state in DONE, row.best is None or row.best != leader, -row.number))
+            rows = sorted(rows[:most], key=lambda row: row.number)
         seconds = int(time.monotonic() - self._started)
         names = list(dict.fromkeys(name for row in rows for name in row.values))
         title = f"{self.name}: {done} of {self.trials} trials, {seconds // 60}:{seconds % 60:02d}"
@@ -95,11 +106,12 @@ class TrialTable:
         table.add_column("best RSUM", justify="right")
         for name in names:
             table.add_column(short(name), justify="right")
-        leader = max((row.best for row in rows if row.best is not None), default=None)
         for row in rows:
             best = "" if row.best is None else f"{row.best:.1f}" + (" *" if row.best == leader else "")
             cells = [plain(row.values[name]) if name in row.values else "" for name in names]
             table.add_row(str(row.number), row.state, f"{row.epoch}/{self.epochs}", best, *cells)
+        if len(rows) < len(self.rows):
+            table.caption = f"and {len(self.rows) - len(rows)} more"
         return table
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from setwise.pipelines import prepare, pretrained, records, references
+from setwise.pipelines import hardware, prepare, pretrained, records, references, worker_group
 from setwise.pipelines.recipe import Recipe, TrainConfig
 from setwise.platform import cluster, config, run, storage
 from setwise.platform.tracking import Courier, Tracker
@@ -65,7 +64,11 @@ def run_study(
         to_do = len(done) < spec.trials or bool(studies.left_running(study))
         if to_do:
             say("Ray starts, which takes some seconds")
-        with cluster.connect() if to_do else contextlib.nullcontext(), interruptible(), Courier(tracker) as courier:
+        with (
+            cluster.connect() if to_do else contextlib.nullcontext(),
+            worker_group.interruptible(),
+            Courier(tracker) as courier,
+        ):
             courier.add(parent)
             for trial in done:
                 courier.add(references.trial_run(name, trial.number, store))
@@ -128,6 +131,9 @@ def _tune(
             tuner.fit()
         except Stopped as reason:
             stopped = str(reason)
+        except KeyboardInterrupt:
+            watch.stop_trainings()
+            raise
     failures |= watch.failures
     return stopped
 
@@ -146,8 +152,9 @@ def make_tuner(
 
     from setwise.sweeps import study as studies
 
+    resources = tune.PlacementGroupFactory([share.resources], bundle_label_selector=[share.labels])
     return tune.Tuner(
-        tune.with_resources(trainable, share.resources),
+        tune.with_resources(trainable, resources),
         param_space=param_space,
         tune_config=tune.TuneConfig(
             reuse_actors=train.workers == 1, trial_dirname_creator=lambda trial: trial.trial_id, **tuned
@@ -164,22 +171,34 @@ def make_tuner(
 
 @dataclass(frozen=True)
 class Share:
-    """What the process of a trial holds of the cluster, how many trials run at once, and the GPUs that one uses."""
+    """What the process of a trial holds of the cluster, and on which machines."""
 
     resources: dict[str, float]
-    at_once: int
+    at_once: int | None
+    """Trials. None where the cluster grows and nobody knows how far: one more than there is room for makes it grow."""
     gpus: float
+    """That one trial uses."""
+    labels: dict[str, str]
+    """Of machines that it may be on, as Ray selects by them."""
 
 
 def share_of(train: TrainConfig, trials_per_gpu: int) -> Share:
-    """As many trials at once as the cluster has room for."""
-    gpus, cpus = cluster.gpus(), cluster.cpus()
+    """As many trials at once as the cluster has room for, on machines of the kinds that `train.accelerators` names.
+
+    Raises:
+        ConfigError, UnreachableError: there is no room for one.
+    """
+    found = cluster.capacity(train.accelerators)
+    labels = cluster.selector(train.accelerators)
+    on_gpus = hardware.on_gpus(train, found)
     if train.workers > 1:
         # The trial itself only waits for its workers; were it to hold a CPU, trials could take all and wait for ever.
-        return Share({"cpu": 0.01}, max(1, (gpus or cpus) // train.workers), train.workers if gpus else 0)
-    if gpus:
-        return Share({"cpu": 1, "gpu": 1 / trials_per_gpu}, gpus * trials_per_gpu, 1 / trials_per_gpu)
-    return Share({"cpu": train.threads}, max(1, cpus // train.threads), 0)
+        at_once = max(1, (found.gpus if on_gpus else found.cpus) // train.workers)
+        return Share({"CPU": 0.01}, at_once, train.workers if on_gpus else 0, labels)
+    if on_gpus:
+        part = 1 / trials_per_gpu
+        return Share({"CPU": 1, "GPU": part}, None if found.grows else found.gpus * trials_per_gpu, part, labels)
+    return Share({"CPU": train.threads}, None if found.grows else max(1, found.cpus // train.threads), 0, labels)
 
 
 def _reconcile(study: optuna.Study, name: str, store: Path) -> None:
@@ -191,18 +210,3 @@ def _reconcile(study: optuna.Study, name: str, store: Path) -> None:
         training = references.trial_run(name, trial.number, store)
         if (training.folder / "run.json").is_file() and training.experiment == name:
             records.end(training, statuses[trial.state.name], trial.user_attrs.get(studies.REASON))
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM reach us as KeyboardInterrupt instead of Tune, which would wait for its trials."""
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -33,6 +33,8 @@ BEST = "val/rsum"
 TIME = "epoch"
 FAILURE = "failure"
 """In the last result of a trial that failed: why."""
+STUDY_FAILURE = "study_failure"
+"""The same where every other trial would fail too: the study stops, and the trial goes on at its next start."""
 NUMBER = "trial"
 RETURNED_VALUES = "values"
 REASON = "reason"
@@ -152,6 +154,12 @@ def finished(study: optuna.Study) -> list[FrozenTrial]:
     return [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
 
 
+def recorded(study: optuna.Study, number: int) -> FrozenTrial:
+    """One trial as the study has it. It is asked for alone: a study may have very many."""
+    database = study._storage
+    return database.get_trial(database.get_trial_id_from_study_id_trial_number(study._study_id, number))
+
+
 def left_running(study: optuna.Study) -> list[FrozenTrial]:
     """Trials that were running when the sweep was last interrupted."""
     return list(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
@@ -219,17 +227,19 @@ class StudySearch(OptunaSearch):  # type: ignore[misc]  # Ray leaves its classes
         return {NUMBER: trial.number, RETURNED_VALUES: patiently(lambda: self._values(trial))}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        trial = self._ot_trials[trial_id]
-        if len(self._spec.objectives) > 1 or FAILURE in result:
+        self._note(self._ot_trials[trial_id], result)
+
+    def _note(self, trial: Trial, result: dict[str, Any]) -> None:
+        if len(self._spec.objectives) > 1 or FAILURE in result or STUDY_FAILURE in result:
             return  # Optuna keeps values on the way of one objective alone
         step = int(result[TIME])
         if step not in self._frozen(trial.number).intermediate_values:
             patiently(lambda: trial.report(float(result[METRIC]), step))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        trial = self._ot_trials[trial_id]
+        trial = self._ot_trials.pop(trial_id)  # else the values of all trials would be kept once more
         if result and METRIC in result:
-            self.on_trial_result(trial_id, result)  # Tune hands the last result of a stopped trial to this call alone
+            self._note(trial, result)  # Tune hands the last result of a stopped trial to this call alone
         epoch = int(result[TIME]) if result and TIME in result else 0
         failure = (result or {}).get(FAILURE)
         if failure is None and error:
@@ -256,7 +266,10 @@ class StudySearch(OptunaSearch):  # type: ignore[misc]  # Ray leaves its classes
         return True
 
     def _frozen(self, number: int) -> FrozenTrial:
-        return patiently(lambda: self._ot_study.get_trials(deepcopy=False))[number]
+        return patiently(lambda: recorded(self._ot_study, number))
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Nothing: a start goes on from the study, and Tune would pickle all of it every few seconds."""
 
     def _tell(self, trial: Trial, values: list[float] | None, state: TrialState | None) -> None:
         patiently(lambda: self._ot_study.tell(trial, values, state=state, skip_if_finished=True))

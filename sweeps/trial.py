@@ -15,7 +15,8 @@ from setwise.pipelines import references
 from setwise.pipelines.recipe import Recipe
 from setwise.platform import config as configuration
 from setwise.platform import run, storage
-from setwise.platform.errors import SetwiseError
+from setwise.platform.errors import SetwiseError, StoppedError, StorageError
+from setwise.platform.masking import masked
 from setwise.platform.outbox import Outbox
 from setwise.platform.run import Run
 from setwise.platform.storage import LeaseHeldError
@@ -42,7 +43,7 @@ def train_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
     from ray import tune
 
     from setwise.sweeps import study_run
-    from setwise.sweeps.study import BEST, FAILURE, METRIC, NUMBER, RETURNED_VALUES, TIME
+    from setwise.sweeps.study import BEST, FAILURE, METRIC, NUMBER, RETURNED_VALUES, STUDY_FAILURE, TIME
 
     store = Path(settings["store"])
     values, seed = config[RETURNED_VALUES], config.get("seed")
@@ -82,25 +83,28 @@ def train_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
                 Outbox(training.events).append({"kind": "tags", "values": {study_run.NOTE: note}})
         objectives |= _costs(training, recipe, store, tuple(settings["objectives"]))
         _train(recipe, training, store, report, copy)
-    except LeaseHeldError:
-        raise  # what a killed driver left behind still writes into the run; Tune tries again, until it has gone
+    except (LeaseHeldError, StoppedError):
+        raise  # what a killed driver left behind still writes into the run, and Tune tries again, until it has gone
     except Exception as error:
         nothing = dict.fromkeys(settings["objectives"], math.nan)
-        tune.report({TIME: 0, METRIC: math.nan, **nothing, **number, FAILURE: _reason(error, training)})
+        # A full disk is no property of the trial: the study stops, and the trial goes on with it.
+        kind = STUDY_FAILURE if isinstance(error, StorageError) else FAILURE
+        tune.report({TIME: 0, METRIC: math.nan, **nothing, **number, kind: _reason(error, training)})
 
 
 def _train(recipe: Recipe, training: Run, store: Path, report: Any, copy: Copy | None) -> None:
-    from setwise.pipelines import launch, train, trained_model
+    from setwise.pipelines import train, trained_model, worker_group
     from setwise.pipelines.workers import Worker
     from setwise.sweeps import population
 
     if recipe.train.workers == 1:
-        with launch.recording(training):
+        training.stop.unlink(missing_ok=True)
+        with worker_group.recording(training):
             if copy is not None:
                 population.take_over(training, references.trial_run(training.experiment, copy.donor, store), copy)
             train.train(recipe, training, store, Worker(device=trained_model.default_device()), report)
     else:
-        launch.train_with_ray(recipe, training, store, on_epoch=report)
+        worker_group.train_with_ray(recipe, training, store, on_epoch=report)
 
 
 def _costs(training: Run, recipe: Recipe, store: Path, objectives: tuple[Any, ...]) -> dict[str, float]:
@@ -120,8 +124,8 @@ def _costs(training: Run, recipe: Recipe, store: Path, objectives: tuple[Any, ..
 def _reason(error: Exception, training: Run) -> str:
     """Why a training failed, in a line or two; the whole traceback of what nobody foresaw lies in its folder."""
     if isinstance(error, SetwiseError):
-        return str(error)[:MAX_REASON]
+        return masked(str(error))[:MAX_REASON]
     if (training.folder / "run.json").is_file():
-        storage.write_bytes(training.folder / "error.txt", traceback.format_exc().encode())
+        storage.write_bytes(training.folder / "error.txt", masked(traceback.format_exc()).encode())
     kind = "out of memory" if "OutOfMemory" in type(error).__name__ else type(error).__name__
-    return f"{kind}: {str(error).strip()}"[:MAX_REASON]
+    return masked(f"{kind}: {str(error).strip()}")[:MAX_REASON]

@@ -8,13 +8,23 @@ from typing import Any
 import optuna
 from ray.tune import Callback
 
-from setwise.pipelines import records
+from setwise.pipelines import records, worker_group
 from setwise.pipelines.references import trial_run
+from setwise.platform.errors import StorageError
 from setwise.platform.run import Run
 from setwise.platform.tracking import Courier
-from setwise.sweeps.limits import Limits
+from setwise.sweeps.limits import Limits, Stopped
 from setwise.sweeps.report import TrialTable
-from setwise.sweeps.study import FAILURE, METRIC, NUMBER, RETURNED_VALUES, TIME, patiently
+from setwise.sweeps.study import (
+    FAILURE,
+    METRIC,
+    NUMBER,
+    RETURNED_VALUES,
+    STUDY_FAILURE,
+    TIME,
+    patiently,
+    recorded,
+)
 
 
 class Watch(Callback):  # type: ignore[misc]  # Ray leaves its classes untyped
@@ -31,14 +41,26 @@ class Watch(Callback):  # type: ignore[misc]  # Ray leaves its classes untyped
         self._limits = limits
         self.failures: dict[int, str] = {}
         """Why trials of this start failed, by number."""
+        self._running: list[Any] = []
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self._limits.check(running=sum(trial.status == "RUNNING" for trial in trials))
+        self._running = [trial for trial in trials if trial.status == "RUNNING"]
+        try:
+            self._limits.check(running=len(self._running))
+        except Stopped:
+            self.stop_trainings()
+            raise
+
+    def stop_trainings(self) -> None:
+        """Let the trials that are running write a checkpoint after their next step."""
+        worker_group.stop([self._run(trial) for trial in self._running])
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._show(trial, "running", 0, None)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        if STUDY_FAILURE in result:
+            raise StorageError(result[STUDY_FAILURE])
         if FAILURE in result:
             return
         self._courier.add(self._run(trial))
@@ -50,13 +72,14 @@ class Watch(Callback):  # type: ignore[misc]  # Ray leaves its classes untyped
             return
         epoch = int(trial.last_result.get(TIME, 0))
         pruned = epoch < self._table.epochs
-        records.end(self._run(trial), "PRUNED" if pruned else "FINISHED")
+        run = self._run(trial)
+        records.end(run, "PRUNED" if pruned else "FINISHED")
+        self._courier.add(run, ended=True)
         self._show(trial, "pruned" if pruned else "complete", epoch, None)
         self._limits.ended(None)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        recorded = patiently(lambda: self._record.get_trials(deepcopy=False))[trial.config[NUMBER]]
-        if recorded.state.is_finished():
+        if patiently(lambda: recorded(self._record, trial.config[NUMBER])).state.is_finished():
             self._failed(trial, last_words(trial))
         else:  # the searcher, which is asked first, hands it out again
             self._show(trial, "died", 0, None)
@@ -66,7 +89,7 @@ class Watch(Callback):  # type: ignore[misc]  # Ray leaves its classes untyped
         self.failures[trial.config[NUMBER]] = reason
         if (run.folder / "run.json").is_file() and run.experiment == self._study:  # else the name was another's
             records.end(run, "FAILED", reason)
-            self._courier.add(run)
+            self._courier.add(run, ended=True)
         self._show(trial, "failed", 0, None)
         self._limits.ended(reason)
 

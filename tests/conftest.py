@@ -43,6 +43,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_recipe() -> Recipe:
     return recipe.load("digits_cnn_bigru", TINY_MODEL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from setwise.pipelines import cluster_verbs, hardware
 from setwise.platform import cluster
-from setwise.platform.cluster import Node
+from setwise.platform.cluster import Capacity, Node
 from setwise.platform.errors import UnreachableError
 
 
@@ -28,13 +29,32 @@ def node(gpus: float, accelerator: str | None, number: int = 1, cpus: float = 16
         ("a100x8", [node(8, "A100-80G")], True, "has 8 on 1 of 1 nodes"),
         ("a100x8", [node(4, "RTX3090")], False, "another label: 4 x RTX3090"),
         ("h200x1", [node(1, None)], False, "ray start --labels=ray.io/accelerator-type=H200"),
-        ("h200x1", [], False, "has 0 on 0 of 0 nodes"),
+        ("h200x1", [], False, "has 0 on 0 of 0 nodes with the label H200, and no other"),
         ("cpu", [node(0, None, cpus=2)], True, "the cluster has 2 CPUs"),
     ],
 )
 def test_a_preset_is_there_or_what_is_instead_is_said(preset: str, nodes: list[Node], has: bool, said: str) -> None:
-    found, words = cluster_verbs.judge(hardware.load(preset)[0], nodes)
-    assert found == has and said in words
+    asked = hardware.load(preset)[0]
+    there = cluster.fitting(asked.accelerators, nodes)
+    found = Capacity(int(sum(one.gpus for one in there)), int(sum(one.cpus for one in there)), grows=False)
+    judged, words = hardware.judge(asked, nodes, found)
+    assert judged == has and said in words
+
+
+@pytest.mark.parametrize(
+    ("preset", "found", "has", "said"),
+    [
+        ("a100x8", Capacity(32, 256, False), True, "has 0 on 0 of 1 nodes .*; its autoscaler goes up to 32"),
+        ("a100x8", Capacity(4, 256, False), False, "; its autoscaler goes up to 4"),
+        ("a100x8", Capacity(0, 0, True), False, "; an autoscaler may start more, and does not say how many"),
+        ("cpu", Capacity(0, 64, False), True, "has 16 CPUs; its autoscaler goes up to 64"),
+    ],
+)
+def test_what_an_autoscaler_may_start_counts_where_it_says_so(
+    preset: str, found: Capacity, has: bool, said: str
+) -> None:
+    judged, words = hardware.judge(hardware.load(preset)[0], [node(4, "RTX3090")], found)
+    assert judged == has and re.search(said, words)
 
 
 def test_every_preset_of_gpus_says_by_which_label_it_is_known() -> None:
@@ -46,6 +66,7 @@ def test_every_preset_of_gpus_says_by_which_label_it_is_known() -> None:
 def test_the_verb_prints_one_object_and_ends_with_6_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "connect", nullcontext)
     monkeypatch.setattr(cluster, "nodes", lambda: [node(4, "RTX3090")])
+    monkeypatch.setattr(cluster, "capacity", lambda kinds: Capacity(4 if "RTX3090" in kinds else 0, 16, False))
     run = CliRunner().invoke
     there = run(cluster_verbs.app, ["check", "rtx3090x4", "--json"])
     assert there.exit_code == 0 and json.loads(there.stdout)["has"] is True
@@ -54,12 +75,3 @@ def test_the_verb_prints_one_object_and_ends_with_6_where_it_is_not(monkeypatch:
     assert isinstance(missing.exception, UnreachableError)
     listed = run(cluster_verbs.app, ["ls", "--json"])
     assert json.loads(listed.stdout)["nodes"][0]["accelerator"] == "RTX3090"
-
-
-def test_the_labels_of_ray_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
-    alive = {"Alive": True, "NodeManagerAddress": "b", "Resources": {"CPU": 8.0, "GPU": 2.0, "memory": 2.0**33}}
-    labelled = {**alive, "NodeManagerAddress": "a", "Labels": {"ray.io/accelerator-type": "A100"}}
-    monkeypatch.setattr(ray, "nodes", lambda: [alive, {**alive, "Alive": False}, labelled])
-    assert cluster.nodes() == [Node("a", 8.0, 2.0, 8.0, "A100"), Node("b", 8.0, 2.0, 8.0, None)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from setwise.pipelines import launch, recipe, train
+from setwise.pipelines import launch, recipe, train, worker_group
 from setwise.pipelines.workers import Worker
 from setwise.platform import cluster, run
 from setwise.platform.config import to_yaml
@@ -46,7 +46,7 @@ def test_two_workers_train_as_one_does(store: Path) -> None:
     for workers in (1, 2):
         settings, training = start(store, f"workers-{workers}", workers)
         told: list[dict[str, float]] = []
-        launch.train_with_ray(settings, training, store, on_epoch=told.append)
+        worker_group.train_with_ray(settings, training, store, on_epoch=told.append)
         curves[workers] = curve(training)
         assert told == curves[workers]
     assert [values["epoch"] for values in curves[2]] == [1, 2, 3]
@@ -62,7 +62,7 @@ def test_more_workers_take_over_where_one_stopped(store: Path) -> None:
     with dropout, and a batch that two cannot share evenly."""
     dropout = ("model.set_prediction.dropout=0.3", "model.text_encoder.dropout=0.2", "train.batch_size=15")
     settings, alone = start(store, "one-to-the-end", 1, *dropout)
-    launch.train_with_ray(settings, alone, store)
+    worker_group.train_with_ray(settings, alone, store)
     settings, training = start(store, "one-then-two", 1, *dropout)
 
     def stop(values: dict[str, float]) -> None:
@@ -71,7 +71,7 @@ def test_more_workers_take_over_where_one_stopped(store: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train.train(settings, training, store, Worker(), stop)
     assert len(curve(training)) == 1
-    launch.train_with_ray(start(store, "two", 2, *dropout)[0], training, store)
+    worker_group.train_with_ray(start(store, "two", 2, *dropout)[0], training, store)
     assert [values["epoch"] for values in curve(training)] == [1, 2, 3]
     for expected, found in zip(curve(alone), curve(training), strict=True):
         for name in ("train/total", "train/gradient_norm"):
@@ -104,7 +104,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_on_the_same_numbers(store:
     import threading
 
     settings, undisturbed = start(store, "undisturbed", 2, "train.epochs=6")
-    launch.train_with_ray(settings, undisturbed, store)
+    worker_group.train_with_ray(settings, undisturbed, store)
     settings, training = start(store, "disturbed", 2, "train.epochs=6")
     killed: list[int] = []
 
@@ -116,7 +116,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_on_the_same_numbers(store:
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    launch.train_with_ray(settings, training, store)
+    worker_group.train_with_ray(settings, training, store)
     killer.join()
     assert killed
     steps = [event["step"] for event in run.read_events(training.events) if event.get("series") == "train"]
@@ -132,11 +132,11 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_on_the_same_numbers(store:
 def test_an_error_in_a_worker_keeps_its_message_and_its_exit_code() -> None:
     carried = "ray.exceptions.RayTaskError\n  File x\nsetwise.platform.errors.{}: the hub said: Error: 5\n\nmore"
     for kind, code in ((DataError, 5), (UnreachableError, 6)):
-        told = launch._explained(RuntimeError(carried.format(kind.__name__)), Run(Path("a/run")))
+        told = worker_group._explained(RuntimeError(carried.format(kind.__name__)), Run(Path("a/run")))
         assert type(told) is kind and told.exit_code == code
         assert str(told) == "the hub said: Error: 5 (run a/run)"
     other = ValueError("KeyError: 'x'")
-    assert launch._explained(other, Run(Path("a/run"))) is other
+    assert worker_group._explained(other, Run(Path("a/run"))) is other
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_weights_that_are_not_there_are_missed_before_anything_starts(
 def test_more_workers_than_there_are_processors_are_refused_at_once(store: Path) -> None:
     settings, training = start(store, "too-many", 4)
     with pytest.raises(ConfigError, match=r"train\.workers=4, but the cluster has 0 GPUs and 3 CPUs"):
-        launch.train_with_ray(settings, training, store)
+        worker_group.train_with_ray(settings, training, store)
 
 
 def test_a_path_in_a_recipe_is_relative_to_where_the_user_is(
@@ -178,7 +178,7 @@ def test_a_path_in_a_recipe_is_relative_to_where_the_user_is(
     changed = ("train.epochs=1", "model.text_encoder.word_vectors=vectors.txt")
     with cluster.connect(cpus=2):
         settings, training = start(store, "relative", 1, *changed)
-        launch.train_with_ray(settings, training, store)
+        worker_group.train_with_ray(settings, training, store)
     assert len(curve(training)) == 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -20,49 +19,16 @@ import torch
 from setwise.pipelines import prepare, recipe, train, trained_model
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.trained_model import Retrieval
-from setwise.pipelines.workers import Worker
-from setwise.platform import checkpoint, config, run, seeding
+from setwise.platform import checkpoint, run, seeding
 from setwise.platform.errors import DataError, DivergedError
-from setwise.platform.run import Run
+from trainings import TIMES, KilledError, digest, overrides_of, start, train_run, without_time
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "training_step.json"
-TIMES = ("train/seconds", "train/images_per_second")
-"""What no two trainings have in common."""
-
-
-class StoppedError(Exception):
-    """Stands for the end of a process at the end of an epoch."""
-
-
-def start(store: Path, name: str, settings: Recipe) -> Run:
-    return run.create(store / "runs", name, config.to_yaml(settings), experiment="tests")
-
-
-def train_run(store: Path, training: Run, settings: Recipe, stop_after: int | None = None) -> list[dict[str, float]]:
-    """Train; `stop_after` ends it as that epoch is reported for the first time."""
-    seen: list[dict[str, float]] = []
-
-    def report(values: dict[str, float]) -> None:
-        seen.append(values)
-        if values["epoch"] == stop_after:
-            raise StoppedError
-
-    train.train(settings, training, store, Worker(), report)
-    return seen
-
-
-def digest(folder: Path) -> str:
-    weights = checkpoint.weights(folder)
-    return hashlib.sha256(b"".join(weights[name].numpy().tobytes() for name in sorted(weights))).hexdigest()
-
-
-def without_time(values: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{name: value for name, value in epoch.items() if name not in TIMES} for epoch in values]
 
 
 def test_two_steps_give_the_golden_numbers(store: Path, tiny_recipe: Recipe) -> None:
     """One epoch of two steps from a fixed seed, so that an update lies between, against numbers in the repository."""
-    settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), "train.epochs=1", "train.batch_size=40"])
+    settings = recipe.load("digits_cnn_bigru", [*overrides_of(tiny_recipe), "train.epochs=1", "train.batch_size=40"])
     values = train_run(store, start(store, "golden", settings), settings)[0]
     measured = {name: values[name] for name in sorted(values) if name.startswith("train/") and name not in TIMES}
     if os.environ.get("SETWISE_WRITE_GOLDEN"):
@@ -74,18 +40,11 @@ def test_two_steps_give_the_golden_numbers(store: Path, tiny_recipe: Recipe) -> 
     )
 
 
-def _tiny(settings: Recipe) -> list[str]:
-    """The overrides that lead from the shipped recipe to `settings`."""
-    base = config.flatten(recipe.load("digits_cnn_bigru"))
-    changed = {name: value for name, value in config.flatten(settings).items() if base[name] != value}
-    return [f"{name}={json.dumps(value)}" for name, value in changed.items()]
-
-
 @pytest.mark.parametrize("stop_after", [1, 2])
 def test_stopped_and_resumed_equals_trained_through(store: Path, tiny_recipe: Recipe, stop_after: int) -> None:
     through, stopped = (start(store, f"{name}-{stop_after}", tiny_recipe) for name in ("through", "stopped"))
     expected = train_run(store, through, tiny_recipe)
-    with pytest.raises(StoppedError):
+    with pytest.raises(KilledError):
         train_run(store, stopped, tiny_recipe, stop_after)
     resumed = train_run(store, stopped, tiny_recipe)
 
@@ -97,7 +56,7 @@ def test_stopped_and_resumed_equals_trained_through(store: Path, tiny_recipe: Re
 
 
 def test_an_epoch_tells_the_curves_that_people_look_for(store: Path, tiny_recipe: Recipe) -> None:
-    settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), "train.epochs=1"])
+    settings = recipe.load("digits_cnn_bigru", [*overrides_of(tiny_recipe), "train.epochs=1"])
     values = train_run(store, start(store, "curves", settings), settings)[0]
     loss = ("i2t", "t2i", "mmd", "diversity", "total")
     assert {f"train/{name}" for name in (*loss, "gradient_norm", "lr", *(n.removeprefix("train/") for n in TIMES))} == {
@@ -129,17 +88,17 @@ def test_images_a_second_are_those_of_training_without_validation(
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
     for batch, drop_last, expected in ((20, True, 80 / 8), (18, True, 72 / 8), (18, False, 80 / 10)):
         changed = [f"train.batch_size={batch}", f"train.drop_last={json.dumps(drop_last)}", "train.epochs=2"]
-        settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), *changed])
+        settings = recipe.load("digits_cnn_bigru", [*overrides_of(tiny_recipe), *changed])
         values = train_run(store, start(store, f"speed-{batch}-{drop_last}".lower(), settings), settings)
         assert [epoch["train/images_per_second"] for epoch in values] == [expected, expected]
 
 
 def test_dropout_goes_on_where_it_was(store: Path, tiny_recipe: Recipe) -> None:
     """With dropout the random state matters: a resume that forgot it would part from the straight run."""
-    settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), "model.set_prediction.dropout=0.3"])
+    settings = recipe.load("digits_cnn_bigru", [*overrides_of(tiny_recipe), "model.set_prediction.dropout=0.3"])
     through, stopped = (start(store, f"dropout-{name}", settings) for name in ("through", "stopped"))
     expected = train_run(store, through, settings)
-    with pytest.raises(StoppedError):
+    with pytest.raises(KilledError):
         train_run(store, stopped, settings, stop_after=1)
     torch.manual_seed(12345)
     assert without_time(train_run(store, stopped, settings)) == without_time(expected)
@@ -147,7 +106,7 @@ def test_dropout_goes_on_where_it_was(store: Path, tiny_recipe: Recipe) -> None:
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(store: Path, tiny_recipe: Recipe) -> None:
     training = start(store, "damaged", tiny_recipe)
-    with pytest.raises(StoppedError):
+    with pytest.raises(KilledError):
         train_run(store, training, tiny_recipe, stop_after=2)
     weights = training.checkpoints / "epoch_0002" / checkpoint.WEIGHTS
     data = bytearray(weights.read_bytes())
@@ -163,7 +122,7 @@ def test_a_run_does_not_go_on_with_other_data(
     store: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = start(store, "other-data", tiny_recipe)
-    with pytest.raises(StoppedError):
+    with pytest.raises(KilledError):
         train_run(store, training, tiny_recipe, stop_after=1)
     prepared = prepare.open_prepared("digits", store)
     other = prepare.Prepared(prepared.folder, {**prepared.manifest, "fingerprint": "another"})
@@ -220,7 +179,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(
 
 
 def test_best_and_newest_checkpoints_are_kept_and_no_others(store: Path, tiny_recipe: Recipe) -> None:
-    settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), "train.epochs=5", "optimizer.lr=0.01"])
+    settings = recipe.load("digits_cnn_bigru", [*overrides_of(tiny_recipe), "train.epochs=5", "optimizer.lr=0.01"])
     training = start(store, "kept", settings)
     values = train_run(store, training, settings)
     best = max(values, key=lambda epoch: epoch["val/rsum"])
@@ -244,10 +203,10 @@ AUGMENTED = ["data.crop_scale=[0.5, 1]", "data.flip=true", "data.word_drop=0.2",
 
 
 def test_augmented_training_stopped_and_resumed_equals_trained_through(store: Path, tiny_recipe: Recipe) -> None:
-    settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), *AUGMENTED, "train.drop_last=false"])
+    settings = recipe.load("digits_cnn_bigru", [*overrides_of(tiny_recipe), *AUGMENTED, "train.drop_last=false"])
     through, stopped = (start(store, f"augmented-{name}", settings) for name in ("through", "stopped"))
     expected = train_run(store, through, settings)
-    with pytest.raises(StoppedError):
+    with pytest.raises(KilledError):
         train_run(store, stopped, settings, stop_after=1)
     assert without_time(train_run(store, stopped, settings)) == without_time(expected)
 
@@ -255,7 +214,7 @@ def test_augmented_training_stopped_and_resumed_equals_trained_through(store: Pa
 def test_micro_batches_train_the_same_model(store: Path, tiny_recipe: Recipe) -> None:
     curves = []
     for micro_batch in ("null", "7"):
-        changed = [*_tiny(tiny_recipe), *AUGMENTED, f"train.micro_batch={micro_batch}"]
+        changed = [*overrides_of(tiny_recipe), *AUGMENTED, f"train.micro_batch={micro_batch}"]
         settings = recipe.load("digits_cnn_bigru", changed)
         curves.append(train_run(store, start(store, f"micro-{micro_batch}", settings), settings))
     for whole, pieces in zip(*curves, strict=True):
@@ -267,7 +226,7 @@ def test_micro_batches_train_the_same_model(store: Path, tiny_recipe: Recipe) ->
 def test_half_precision_trains_much_as_single_does(store: Path, tiny_recipe: Recipe, precision: str) -> None:
     curves = []
     for kind in ("fp32", precision):
-        settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), f"train.precision={kind}"])
+        settings = recipe.load("digits_cnn_bigru", [*overrides_of(tiny_recipe), f"train.precision={kind}"])
         training = start(store, f"{precision}-{kind}", settings)
         curves.append(train_run(store, training, settings))
         dtypes = {tensor.dtype for tensor in checkpoint.weights(training.best_checkpoint()).values()}
@@ -279,7 +238,9 @@ def test_half_precision_trains_much_as_single_does(store: Path, tiny_recipe: Rec
 def test_a_compiled_set_prediction_computes_the_same(store: Path, tiny_recipe: Recipe) -> None:
     curves = []
     for compiled in ("false", "true"):
-        settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), f"train.compile={compiled}", "train.epochs=1"])
+        settings = recipe.load(
+            "digits_cnn_bigru", [*overrides_of(tiny_recipe), f"train.compile={compiled}", "train.epochs=1"]
+        )
         training = start(store, f"compiled-{compiled}", settings)
         curves.append(train_run(store, training, settings)[0])
         assert set(checkpoint.weights(training.best_checkpoint())) >= {"retriever.image_sets.slots"}
@@ -363,7 +324,7 @@ def test_a_gradient_that_overflows_in_fp16_is_left_out_and_spoils_no_number(
     store: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(monkeypatch, range(1, 3))
-    settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), "train.precision=fp16"])
+    settings = recipe.load("digits_cnn_bigru", [*overrides_of(tiny_recipe), "train.precision=fp16"])
     values = train_run(store, start(store, "overflow", settings), settings)
     assert all(math.isfinite(value) for epoch in values for value in epoch.values())
     assert values[0]["train/gradient_norm"] > 0 and values[-1]["train/total"] < values[0]["train/total"]
@@ -375,14 +336,14 @@ def test_a_gradient_that_never_comes_back_stops_the_run(
 ) -> None:
     spoil(monkeypatch, range(1, 10_000))
     changed = [f"train.precision={precision}", "train.batch_size=2"]
-    settings = recipe.load("digits_cnn_bigru", [*_tiny(tiny_recipe), *changed])
+    settings = recipe.load("digits_cnn_bigru", [*overrides_of(tiny_recipe), *changed])
     with pytest.raises(DivergedError, match=rf"not finite any more at step {step} .*gradient norm (inf|nan)"):
         train_run(store, start(store, f"never-{precision}", settings), settings)
 
 
 def test_a_checkpoint_that_another_version_wrote_is_said_to_be_one(store: Path, tiny_recipe: Recipe) -> None:
     training = start(store, "other-version", tiny_recipe)
-    with pytest.raises(StoppedError):
+    with pytest.raises(KilledError):
         train_run(store, training, tiny_recipe, stop_after=1)
     folder = training.best_checkpoint()
     weights = checkpoint.weights(folder)

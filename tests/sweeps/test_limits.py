@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from setwise.pipelines.recipe import TrainConfig
+from setwise.platform import cluster
+from setwise.platform.cluster import Capacity
+from setwise.platform.errors import ConfigError
 from setwise.sweeps import limits, space
+from setwise.sweeps import run as sweeps
 from setwise.sweeps.limits import Limits, Stopped
 
 
@@ -92,18 +97,25 @@ def test_any_other_budget_is_refused(text: str) -> None:
         (0, 8, 4, 1, 2, 0),
         (4, 16, 1, 1, 8, 0.5),
         (4, 16, 2, 1, 2, 2),
-        (1, 16, 2, 1, 1, 2),
+        (9, 16, 2, 1, 4, 2),
     ],
 )
 def test_as_many_trials_run_as_there_is_room_for(
     monkeypatch: pytest.MonkeyPatch, gpus: int, cpus: int, workers: int, threads: int, at_once: int, used: float
 ) -> None:
-    from setwise.pipelines.recipe import TrainConfig
-    from setwise.platform import cluster
-    from setwise.sweeps import run as sweeps
-
-    monkeypatch.setattr(cluster, "gpus", lambda: gpus)
-    monkeypatch.setattr(cluster, "cpus", lambda: cpus)
+    monkeypatch.setattr(cluster, "capacity", lambda kinds: Capacity(gpus, cpus, grows=False))
     share = sweeps.share_of(TrainConfig(workers=workers, threads=threads), trials_per_gpu=2)
     assert (share.at_once, share.gpus) == (at_once, used)
     assert all(held > 0 for held in share.resources.values())
+
+
+def test_of_a_cluster_that_grows_trials_wait_for_more_of_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "capacity", lambda kinds: Capacity(0, 0, grows=True))
+    monkeypatch.setattr(cluster, "can_start", lambda kinds: True)
+    share = sweeps.share_of(TrainConfig(accelerators=("A100",)), trials_per_gpu=1)
+    assert share.at_once is None and share.gpus == 1
+    assert share.labels == {"ray.io/accelerator-type": "in(A100)"}
+    several = sweeps.share_of(TrainConfig(workers=4, accelerators=("A100",)), trials_per_gpu=1)
+    assert several.at_once == 1, "a trial that waits for workers holds nothing that others could lack"
+    with pytest.raises(ConfigError, match="--on PRESET"):
+        sweeps.share_of(TrainConfig(), trials_per_gpu=1)

@@ -41,7 +41,7 @@ def a_gpu_that_is_none() -> Iterator[None]:
 def test_two_trials_share_a_gpu(own: Path, a_gpu_that_is_none: None) -> None:
     spec, base = space.load("digits", [*STUDY, "trials_per_gpu=2"])
     share = sweeps.share_of(base.train, spec.trials_per_gpu)
-    assert share.at_once == 2 and share.resources["gpu"] == 0.5
+    assert share.at_once == 2 and share.resources["GPU"] == 0.5
     outcome = sweeps.run_study(spec, base, "shared", own, Tracker(own), lambda message: None)
     assert outcome.complete == 2 and outcome.best is not None
     first, second = (times(references.trial_run("shared", number, own)) for number in (0, 1))

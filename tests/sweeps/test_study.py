@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +15,15 @@ from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
+from rich.console import Console
 
 from setwise.platform import config
 from setwise.platform.errors import ConfigError, UnreachableError
+from setwise.platform.run import Run
+from setwise.platform.tracking import Courier
 from setwise.sweeps import report, space, status, study, study_run
 from setwise.sweeps.space import Pruning
 
@@ -250,7 +258,7 @@ def test_a_result_waits_for_a_database_that_is_away(
     search.suggest("a")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     backend, away = type(made._storage), [None] * 2
-    read = backend.get_all_trials
+    read = backend.get_trial
 
     def at_times(*args: Any, **named: Any) -> Any:
         if away:
@@ -258,7 +266,7 @@ def test_a_result_waits_for_a_database_that_is_away(
             raise StorageInternalError("away")
         return read(*args, **named)
 
-    monkeypatch.setattr(backend, "get_all_trials", at_times)
+    monkeypatch.setattr(backend, "get_trial", at_times)
     search.on_trial_result("a", result(1, 10.0))
     assert made.trials[0].intermediate_values == {1: 10.0}
 
@@ -323,3 +331,116 @@ def test_importance_compares_trials_at_the_last_epoch_that_all_reached() -> None
     for number in range(8):  # a condition held of none of them
         apart.add_trial(optuna.trial.create_trial(value=float(number)))
     assert "cannot be said: no setting was varied in enough of them" in report.importance(apart).sentence()
+
+
+def cost_of_a_trial(folder: Path, ended: int, waiting: int) -> dict[str, int]:
+    """Statements that one more trial sends to its database and trials that it reads there, call by call."""
+    spec, base = space.load("digits")
+    default = space.default_values(spec, base)
+    folder.mkdir()
+    made = study.open_study(folder, "tests", spec, "identity", [(default, "recipe")] * (waiting + 1))
+    distributions = {name: domain.distribution() for name, domain in spec.space.items()}
+    for number in range(ended):
+        values = {step: float(number) for step in range(1, LAST_EPOCH + 1)}
+        params = {**default, "similarity.alpha": 4.0 + number / 10}
+        made.add_trial(
+            optuna.trial.create_trial(
+                params=params, distributions=distributions, value=float(number), intermediate_values=values
+            )
+        )
+    search = searcher(made, spec)
+    search.suggest("first")  # it reads what was there before, once in the life of a driver
+    search.on_trial_complete("first", result(LAST_EPOCH, 1.0))
+    cost = Counter[str]()
+    with listening(made, lambda *_: cost.update([call])):
+        call = "suggest"
+        search.suggest("second")
+        call = "result"
+        search.on_trial_result("second", result(1, 1.0))
+        call = "end"
+        search.on_trial_complete("second", result(LAST_EPOCH, 2.0))
+    assert not search._ot_trials  # nor does the driver keep them
+    return dict(cost)
+
+
+@contextlib.contextmanager
+def listening(made: optuna.Study, loaded: Callable[..., None]) -> Iterator[None]:
+    """Call `loaded` for every statement that the study's database gets, and for every trial that is read from it."""
+    database: Any = made._storage._backend  # type: ignore[attr-defined]
+    build = database._build_frozen_trial_from_trial_model
+
+    def built(*args: Any) -> Any:
+        loaded()
+        return build(*args)
+
+    sqlalchemy.event.listen(database.engine, "before_cursor_execute", loaded)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "_build_frozen_trial_from_trial_model", built)
+        yield
+    sqlalchemy.event.remove(database.engine, "before_cursor_execute", loaded)
+
+
+def test_a_trial_costs_its_database_the_same_however_many_have_ended(tmp_path: Path) -> None:
+    few = cost_of_a_trial(tmp_path / "few", ended=10, waiting=0)
+    assert few == cost_of_a_trial(tmp_path / "many", ended=200, waiting=0)
+    assert set(few) == {"suggest", "result", "end"}
+
+
+def test_a_result_costs_the_database_the_same_however_many_trials_wait(tmp_path: Path) -> None:
+    few, many = (cost_of_a_trial(tmp_path / str(waiting), ended=0, waiting=waiting) for waiting in (10, 100))
+    assert [few[call] for call in ("result", "end")] == [many[call] for call in ("result", "end")]
+
+
+def test_a_table_of_many_trials_fits_a_terminal() -> None:
+    table = report.TrialTable("tests", 1000, LAST_EPOCH, Console(file=io.StringIO(), width=100, height=24))
+    for number in range(1000):
+        state = "running" if number in (7, 999) else "complete"
+        table.update(number, {"alpha": number}, state, 1, 50.0 if number == 500 else 10.0)
+    shown = Console(file=io.StringIO(), width=100, height=24, record=True)
+    shown.print(table._render_live())
+    lines = shown.export_text().splitlines()
+    numbers = [int(found[0]) for line in lines if (found := re.findall(r"^│ +(\d+) ", line))]
+    assert len(lines) <= 24 and "998 of 1000 trials" in lines[0] and "more" in lines[-1]
+    assert {7, 500, 999} < set(numbers) and numbers == sorted(numbers)
+
+
+class Deliveries:
+    """Stands for an MLflow store: which runs it was asked to take, in which rounds of a courier."""
+
+    address, store, deadline = "stand-in", Path("store"), 0.0
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.away = False
+
+    def deliver(self, run: Run) -> None:
+        self.asked.append(run.name)
+        if self.away:
+            raise UnreachableError("away")
+
+
+def test_a_courier_looks_at_a_run_that_has_ended_once_and_again_as_it_closes() -> None:
+    """Else each round of a long study would look at all of its trials."""
+    deliveries = Deliveries()
+    courier = Courier(deliveries, interval=3600)  # type: ignore[arg-type]  # it asks for nothing but what this has
+    ended, goes_on = Run(Path("ended")), Run(Path("goes_on"))
+    courier.add(ended, ended=True)
+    courier.add(goes_on)
+    for _ in range(3):
+        assert courier._round() is None
+    assert Counter(deliveries.asked) == {"goes_on": 3, "ended": 1}
+    courier.add(ended)  # as one that was told of before its end, and trains again
+    for _ in range(2):
+        courier._round()
+    assert Counter(deliveries.asked) == {"goes_on": 5, "ended": 3}
+    courier.add(ended, ended=True)
+    deliveries.away = True
+    courier._round()
+    courier._round()
+    deliveries.away, deliveries.asked = False, []
+    courier._round()
+    courier._round()
+    assert Counter(deliveries.asked) == {"goes_on": 2, "ended": 1}
+    deliveries.asked = []
+    assert courier.close()
+    assert Counter(deliveries.asked) == {"goes_on": 1, "ended": 1}

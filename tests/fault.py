@@ -1,0 +1,37 @@
+"""A fault that a test injects, and the line that says what came of it; tests/faults/conftest.py prints these lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Fault:
+    """What one test broke, and what came of it; `name` begins its line."""
+
+    name: str
+    said: dict[str, str] = field(default_factory=dict)
+    failed: bool = False
+
+    def injected(self, what: str) -> None:
+        """What was broken, and where that hit: "SIGKILL of rank 1 at step 7"."""
+        self.said["injected"] = what
+
+    def recovered(self, how: str) -> None:
+        """What brought it back, and how long that took: "on the spare node in 12 s"."""
+        self.said["recovered"] = how
+
+    def lost(self, what: str) -> None:
+        """What is gone, or had to be done again: "nothing", "2 steps, done again"."""
+        self.said["lost"] = what
+
+    @property
+    def unsaid(self) -> list[str]:
+        return [word for word in ("injected", "recovered", "lost") if word not in self.said]
+
+    @property
+    def line(self) -> str:
+        said = "; ".join(f"{word} {text}" for word, text in self.said.items())
+        if not self.failed:
+            return f"{self.name}: {said}"
+        return f"{self.name}: FAILED, {f'after: {said}' if said else 'before anything was injected'}"

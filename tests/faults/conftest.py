@@ -1,0 +1,51 @@
+"""Fault tests say what they did: one line a fault, after the tests.
+
+    worker_killed_in_mid_epoch: injected SIGKILL of rank 1 at step 7; recovered in 9 s; lost 2 steps, done again
+
+A test takes the fixture `fault` (of type Fault, from fault.py) and calls `fault.injected(...)` when the fault has
+happened, `fault.recovered(...)` when the platform is well again, and `fault.lost(...)` with what is gone or had to be
+done twice ("nothing"). A test that passes has to have said all three. The line of one that fails says FAILED, and what
+had been said until then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+
+import pytest
+
+from fault import Fault
+
+_FAULTS = pytest.StashKey[list[Fault]]()
+_PASSED = pytest.StashKey[bool]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_FAULTS] = []
+
+
+@pytest.fixture
+def fault(request: pytest.FixtureRequest) -> Iterator[Fault]:
+    made = Fault(request.node.name.removeprefix("test_"), failed=True)
+    request.config.stash[_FAULTS].append(made)
+    yield made
+    if request.node.stash.get(_PASSED, False):
+        assert not made.unsaid, f"the test passed and did not say: {', '.join(made.unsaid)}"
+        made.failed = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if call.when == "call":
+        item.stash[_PASSED] = report.passed
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[_FAULTS]:
+        terminalreporter.section("faults")
+        for one in config.stash[_FAULTS]:
+            terminalreporter.line(one.line)
