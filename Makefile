@@ -7,13 +7,16 @@ INSTALLED := .venv/.installed
 export UV_COMPILE_BYTECODE := 1
 export UV_NO_PROGRESS := 1
 
-.PHONY: demo test check format install lock bench test-lowest clean
+.PHONY: demo test test-faults check format install lock bench test-lowest clean
 
 demo: $(INSTALLED)  ## prepare, sweep, track, evaluate, compare, promote, search: the main job on embedded data
 	@$(BIN)/setwise demo
 
 test: $(INSTALLED)  ## install and run every test
 	@$(BIN)/python -m pytest
+
+test-faults: $(INSTALLED)  ## inject every fault for real; prints one line a fault: injected, recovered, lost
+	@$(BIN)/python -m pytest -q tests/faults
 
 check: $(INSTALLED) .typecheck  ## lint, formatting, strict types
 	@$(BIN)/ruff check .

@@ -112,7 +112,7 @@ def variables(names: list[str]) -> dict[str, str]:
     """
     from setwise.platform import jobs
 
-    own = [name for name in ("SETWISE_STORE", "MLFLOW_TRACKING_URI") if os.environ.get(name)]
+    own = [name for name in ("SETWISE_STORE", "SETWISE_MIRROR", "MLFLOW_TRACKING_URI") if os.environ.get(name)]
     found = jobs.public_environment([*own, *names])
     store = found.get("SETWISE_STORE", "")
     if store and "://" not in store:

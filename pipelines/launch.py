@@ -10,7 +10,7 @@ from typing import Any
 
 from setwise.pipelines import batches, prepare, pretrained, records, worker_group
 from setwise.pipelines.recipe import Recipe
-from setwise.platform import cluster, config, run, storage
+from setwise.platform import cluster, config, run, run_mirror, storage
 from setwise.platform.errors import ConfigError, DataError
 from setwise.platform.run import Run
 from setwise.platform.tracking import Courier, Tracker
@@ -100,7 +100,10 @@ def execute(planned: Sequence[Plan], tracker: Tracker, say: Say) -> list[Run]:
     with contextlib.ExitStack() as cluster_at_need:
         connected = False
         for plan in planned:
-            training = run.create(plan.store / "runs", plan.name, config.to_yaml(plan.recipe), plan.experiment)
+            written = config.to_yaml(plan.recipe)
+            if run_mirror.restore_record(Run(plan.store / "runs" / plan.name), plan.store, written):
+                say(f"run '{plan.name}' was begun elsewhere, and goes on with what the mirror has of it")
+            training = run.create(plan.store / "runs", plan.name, written, plan.experiment)
             runs.append(training)
             with storage.lease(training.folder / "lease", f"run '{plan.name}'"), Courier(tracker) as courier:
                 courier.add(training)
@@ -115,6 +118,7 @@ def execute(planned: Sequence[Plan], tracker: Tracker, say: Say) -> list[Run]:
                 say(f"run '{plan.name}': training on {_processors(plan.recipe)}")
                 worker_group.train_with_ray(plan.recipe, training, plan.store, on_epoch=_told(plan, say))
                 records.end(training, "FINISHED")
+                run_mirror.send(training, plan.store)
     return runs
 
 

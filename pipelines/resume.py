@@ -7,7 +7,8 @@ kept, since all that is random is drawn by key; the position in the data is the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from setwise.platform import checkpoint
 from setwise.platform.errors import DataError
 from setwise.platform.run import Run
 
+log = logging.getLogger(__name__)
+
+DAMAGED = "setwise.damaged_checkpoint"
+"""The tag of a run that says which of its checkpoints was found to be damaged."""
 KEEP_STEPS = 2
 """Newest checkpoints within an epoch that are kept: one to go on from, one to fall back to."""
 
@@ -55,13 +60,13 @@ def epoch_name(epoch: int) -> str:
     return f"epoch_{epoch:04d}"
 
 
-def newest(run: Run) -> Path | None:
-    """The newest checkpoint that verifies, at an epoch's end or within one.
+def newest(run: Run, say: Callable[[str], None] = log.warning) -> Path | None:
+    """The newest checkpoint that verifies, at an epoch's end or within one; `say` is told of those that do not.
 
     Raises:
         DataError: there are some, and all are damaged.
     """
-    return checkpoint.newest(run.checkpoints, run.steps)
+    return checkpoint.newest(run.checkpoints, run.steps, say=say)
 
 
 def save(

@@ -51,7 +51,13 @@ LOOK_EVERY = 50
 
 
 def train(
-    recipe: Recipe, run: Run, store: Path, worker: Worker, report: Report, notice: Callable[[], bool] = lambda: False
+    recipe: Recipe,
+    run: Run,
+    store: Path,
+    worker: Worker,
+    report: Report,
+    notice: Callable[[], bool] = lambda: False,
+    kept: Callable[[], None] = lambda: None,
 ) -> None:
     """Train `recipe` in `run`, from its newest checkpoint if it has one, to the last epoch.
 
@@ -59,6 +65,7 @@ def train(
         store: where the prepared data set is.
         report: called by every worker at the end of each epoch, with the epoch's metrics and its number, `epoch`.
         notice: asked by the first worker after each step: whether a machine of the training is about to be taken away.
+        kept: called by the first worker when a checkpoint is written, and when an epoch's is recorded.
 
     Raises:
         StoppedError: somebody asked for it (`run.stop`), or there was such a notice; a checkpoint is written.
@@ -84,7 +91,8 @@ def train(
     seeding.seed_everything(seeding.derive(config.seed, "weights"))
     retrieval = Retrieval(recipe, len(words))
     # One worker looks, since looking sets a damaged checkpoint aside.
-    newest = workers.from_first(resume.newest(run) if worker.rank == 0 else None, worker)
+    damaged: list[str] = []
+    newest = workers.from_first(resume.newest(run, damaged.append) if worker.rank == 0 else None, worker)
     start_tags = {} if newest else pretrained.start(retrieval.retriever, recipe, words, store / "weights")
     retrieval.to(device)
     if device.type == "cuda":
@@ -101,6 +109,8 @@ def train(
     outbox = Outbox(run.events) if worker.rank == 0 else None
     if outbox is not None:
         records.begin(outbox, run, recipe, prepared, start_tags)
+        for told in damaged:
+            outbox.append({"kind": "tags", "values": {resume.DAMAGED: told}})
         for values in progress.history:  # a crash may have fallen between a checkpoint and its event
             outbox.metrics(int(values["epoch"]), _recorded(values))
         if progress.history:
@@ -113,6 +123,7 @@ def train(
         resume.save(
             run, progress, metadata, retrieval, {"optimizer": adamw.state_dict(), "scaler": scaler.state_dict()}
         )
+        kept()
 
     if config.compile:
         retrieval.retriever.image_sets.compile()
@@ -187,10 +198,11 @@ def train(
         if outbox is not None:
             keep()
             best = _point_to_best(run, progress.history)
-            kept = [resume.epoch_name(number) for number in range(epoch, epoch - config.keep_checkpoints, -1)]
-            checkpoint.prune(run.checkpoints, keep={best, *kept})
+            newest_epochs = range(epoch, epoch - config.keep_checkpoints, -1)
+            checkpoint.prune(run.checkpoints, keep={best, *map(resume.epoch_name, newest_epochs)})
             checkpoint.prune(run.steps, keep=())
             outbox.metrics(epoch, _recorded(values))
+            kept()
             if run.stop.exists() and epoch < config.epochs:
                 raise StoppedError(f"stopped after epoch {epoch}")
         workers.synchronize(worker)

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from setwise.pipelines import hardware
+from setwise.pipelines import hardware, resume
 from setwise.pipelines.recipe import Recipe
-from setwise.platform import cluster, run, storage, system_metrics
+from setwise.platform import cluster, run, run_mirror, storage, system_metrics
 from setwise.platform.errors import (
     ConfigError,
     DataError,
@@ -29,8 +29,10 @@ from setwise.platform.errors import (
     StorageError,
     UnreachableError,
 )
+from setwise.platform.mirror import open_mirror
 from setwise.platform.outbox import Reader
 from setwise.platform.run import Run
+from setwise.platform.run_mirror import Uploader
 from setwise.platform.storage import LeaseHeldError
 
 log = logging.getLogger(__name__)
@@ -118,6 +120,8 @@ def _attempt(
             for event in (event for events, _ in record.new() for event in events):
                 if on_epoch is not None and event.get("series") == "train":
                     on_epoch({"epoch": float(event["step"]), **event["values"]})
+                if event["kind"] == "tags" and resume.DAMAGED in event["values"]:
+                    log.warning(event["values"][resume.DAMAGED])
             if not alive:
                 return failure[0] if failure else None
             thread.join(POLL_S)
@@ -171,10 +175,19 @@ def _explained(error: BaseException, training: Run) -> BaseException:
 
 
 @contextlib.contextmanager
-def recording(training: Run) -> Iterator[None]:
-    """Be the one process that writes the record of `training`, and sample how busy the machine is."""
+def recording(training: Run, store: Path) -> Iterator[Callable[[], None]]:
+    """Be the one process that writes the record of `training`, sample how busy the machine is, and send what is new to
+    the store's mirror, if it has one; yields what to call when something is.
+
+    A run whose checkpoints are in the mirror alone gets them from there.
+    """
     with storage.writing_to(training.folder), run.writing(training), system_metrics.sampled(training):
-        yield
+        run_mirror.restore(training, store)
+        uploader = Uploader(open_mirror(store), training)
+        try:
+            yield uploader.publish
+        finally:
+            uploader.close(limit_s=GRACE_S / 2)
 
 
 @contextlib.contextmanager
@@ -210,5 +223,6 @@ def _ray_worker(settings: dict[str, Any]) -> None:
         # ray.train.get_preemption_info() says the same, but has to be asked by all workers at once, in each step.
         return noticed.preemption_info is not None
 
-    with recording(training) if worker.rank == 0 else contextlib.nullcontext():
-        train(recipe, training, Path(settings["store"]), worker, ray.train.report, notice)
+    store = Path(settings["store"])
+    with recording(training, store) if worker.rank == 0 else contextlib.nullcontext(lambda: None) as kept:
+        train(recipe, training, store, worker, ray.train.report, notice, kept)

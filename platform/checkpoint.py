@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,10 +104,10 @@ def verify(folder: Path) -> None:
             raise DataError(f"{path}: damaged (its content is not what {MANIFEST} recorded)")
 
 
-def newest(*parents: Path) -> Path | None:
+def newest(*parents: Path, say: Callable[[str], None] = log.warning) -> Path | None:
     """The newest checkpoint under any of `parents` that verifies; names sort by age.
 
-    A damaged one is set aside as `NAME.damaged`, with a warning, and the one before it is taken.
+    A damaged one is set aside as `NAME.damaged`, which is said, and the one before it is taken.
 
     Raises:
         DataError: there were checkpoints, and all of them are damaged: going on would silently start from nothing.
@@ -121,7 +121,7 @@ def newest(*parents: Path) -> Path | None:
             aside = folder.with_name(folder.name + ".damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-            log.warning("%s. Set aside as %s; falling back to the checkpoint before it.", error, aside.name)
+            say(f"{error}. Set aside as {aside.name}; falling back to the checkpoint before it.")
             continue
         return folder
     if damaged := sorted(path.name for parent in parents for path in parent.glob("*.damaged")):

@@ -9,9 +9,12 @@ import contextlib
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from setwise.platform import storage
 from setwise.platform.errors import UnreachableError
 from setwise.platform.masking import masked
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 CALL_S = 10  # until a call to a server counts as failed
+MAKING_S = 120  # for another process to make the tables of a new store
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
@@ -51,6 +55,8 @@ def open_client(uri: str) -> MlflowClient:
     for noisy in ("alembic", "mlflow.tracking"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what it logs it raises too
+    if uri.startswith("sqlite:///"):
+        _make_whole(Path(uri.removeprefix("sqlite:///")))
     if is_database(uri):
         _connect_once(uri)
     from mlflow import MlflowClient
@@ -61,6 +67,22 @@ def open_client(uri: str) -> MlflowClient:
     except Exception as error:
         raise unreachable(uri, error) from error
     return client
+
+
+def _make_whole(file: Path) -> None:
+    """Make a sqlite store with all its tables, or nothing. A process that is killed while MLflow makes them one by one
+    would leave a file that nobody can ever open."""
+    if file.is_file() and file.stat().st_size:
+        return
+    from mlflow import MlflowClient
+
+    with storage.lease(file.with_name(f".{file.name}.lease"), f"the making of {file}", wait_s=MAKING_S):
+        if file.is_file() and file.stat().st_size:
+            return
+        with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
+            making = Path(folder) / file.name
+            MlflowClient(tracking_uri=f"sqlite:///{making}", registry_uri=f"sqlite:///{making}").search_experiments()
+            making.replace(file)
 
 
 def _connect_once(uri: str) -> None:

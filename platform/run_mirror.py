@@ -234,6 +234,13 @@ def restore(training: Run, store: Path) -> str | None:
         return None
 
 
+def send(training: Run, store: Path) -> None:
+    """Send all that is new of a run, if the store has a mirror; what cannot be sent is said."""
+    uploader = Uploader(open_mirror(store), training)
+    uploader.publish()
+    uploader.close()
+
+
 class Uploader:
     """Sends a run's checkpoints and record to a mirror, in a thread, while it is trained.
 

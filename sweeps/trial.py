@@ -99,10 +99,10 @@ def _train(recipe: Recipe, training: Run, store: Path, report: Any, copy: Copy |
 
     if recipe.train.workers == 1:
         training.stop.unlink(missing_ok=True)
-        with worker_group.recording(training):
+        with worker_group.recording(training, store) as kept:
             if copy is not None:
                 population.take_over(training, references.trial_run(training.experiment, copy.donor, store), copy)
-            train.train(recipe, training, store, Worker(device=trained_model.default_device()), report)
+            train.train(recipe, training, store, Worker(device=trained_model.default_device()), report, kept=kept)
     else:
         worker_group.train_with_ray(recipe, training, store, on_epoch=report)
 

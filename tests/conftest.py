@@ -23,7 +23,7 @@ def _quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["OMP_NUM_THREADS"] = "1"
     before = os.environ.get("HOME")
     os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
-    for name in ("SETWISE_STORE", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+    for name in ("SETWISE_STORE", "SETWISE_MIRROR", "SETWISE_OPTUNA_URL", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
         os.environ.pop(name, None)
     yield
     if before is not None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from commands import SETWISE, alive, descendants, environment, epochs_logged, setwise, wait_for
+from fault import Fault
 from setwise.pipelines import references, train
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.workers import Worker
@@ -181,6 +182,16 @@ def test_an_interrupted_trial_ends_on_the_numbers_of_one_that_nobody_disturbed(s
 
 def _epochs(training: run.Run) -> list[dict[str, object]]:
     return [event for event in run.read_events(training.events) if event.get("series") == "train"]
+
+
+def test_a_sweep_killed_ten_times(sweep: Sweep, fault: Fault) -> None:
+    count = {what: KILLS.count(what) for what in ("driver", "worker", "cluster")}
+    said = f"{count['driver']} times the driver, {count['worker']} a worker, {count['cluster']} all of Ray"
+    fault.injected(f"SIGKILL of {said}, at random moments of a sweep of {TRIALS} trials")
+    finished = [trial for trial in references.trials_of(NAME, sweep.store) if trial.status == "FINISHED"]
+    assert len(finished) == TRIALS
+    fault.recovered("by the same command each time")
+    fault.lost("no trial, and none twice; the other tests of this file count them")
 
 
 def test_a_sweep_that_is_done_starts_nothing(sweep: Sweep) -> None:

@@ -1,0 +1,261 @@
+"""Nodes that die, are taken away with a notice, or come: `setwise train` on a cluster of several nodes, for real.
+
+Each training is held against one that nobody disturbed. One cluster serves all tests; the last one loses its head.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from clusters import Cluster, Node, cluster
+from commands import SETWISE, alive, descendants, epochs_logged, wait_for
+from fault import Fault
+from setwise.platform import checkpoint, run
+from setwise.platform.run import Run
+from setwise.platform.tracking import Tracker
+from tiny import TINY_MODEL
+
+pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
+EPOCHS = 10
+EVERY = 10
+"""Steps between two checkpoints, of 40 in an epoch."""
+RECIPE = ("digits_cnn_bigru", *TINY_MODEL, "train.batch_size=2", f"train.epochs={EPOCHS}")
+GRACE_S = 20
+"""Between the notice that a node is taken away and its end: clouds give 30 s to two minutes."""
+TIMES = ("train/seconds", "train/images_per_second")
+CHANGED = """
+import sys
+from setwise.pipelines import cli, worker_group
+worker_group.{constant} = {value}
+sys.argv[0] = "setwise"
+cli.main()
+"""
+"""The command with a constant changed that no user needs to change."""
+NOTICE = """
+import sys, time
+import ray
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+client = ray._raylet.GcsClient(address=sys.argv[1])
+print("ready", flush=True)
+node, seconds = input().split()
+accepted, why_not = client.drain_node(node, reason, "spot", int(1000 * (time.time() + float(seconds))))
+assert accepted, why_not
+print("noticed")
+"""
+"""What a cloud tells of a spot instance: as `ray drain-node`, which on a busy machine takes longer than a training."""
+
+
+@dataclass
+class Training:
+    """`setwise train` in a process of its own, on the cluster."""
+
+    on: Cluster
+    store: Path
+    name: str
+    settings: tuple[str, ...]
+    program: tuple[str | Path, ...] = (SETWISE,)
+    started: set[int] = field(default_factory=set)
+
+    @property
+    def run(self) -> Run:
+        return Run(self.store / "runs" / self.name)
+
+    @property
+    def log(self) -> Path:
+        return self.on.folder / f"{self.name}.log"
+
+    def start(self) -> subprocess.Popen[bytes]:
+        environment = {**self.on.environment, "RAY_ADDRESS": self.on.gcs, "SETWISE_STORE": str(self.store)}
+        command = [*self.program, "train", *RECIPE, *self.settings, "--name", self.name]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.on.folder)
+        return self.process
+
+    def reaches(self, epoch: int, step: int = 0) -> None:
+        """Wait for the checkpoint of that step after that epoch, or a later one."""
+        name = f"epoch_{epoch:04d}" + (f"_step_{step:06d}" if step else "")
+
+        def there() -> bool:
+            assert self.process.poll() is None, f"it ended before {name}:\n{self.log.read_text()[-3000:]}"
+            return self.newest() >= name
+
+        wait_for(there, name, 120)
+        self.started |= descendants(self.process.pid)
+
+    def newest(self) -> str:
+        """The name of the newest checkpoint; such names sort by age."""
+        folders = (self.run.checkpoints, self.run.steps)
+        return max((one.name for folder in folders for one in folder.glob("epoch_*")), default="")
+
+    def ends(self, code: int = 0, seconds: float = 180) -> None:
+        found = self.process.wait(seconds)
+        assert found == code, f"'{self.name}' ended with {found}\n{self.log.read_text()[-4000:]}"
+
+    def numbers(self) -> list[dict[str, float]]:
+        """What was recorded of each epoch, but for what depends on the clock."""
+        epochs = [event for event in run.read_events(self.run.events) if event.get("series") == "train"]
+        return [{key: value for key, value in one["values"].items() if key not in TIMES} for one in epochs]
+
+    def weights(self) -> bytes:
+        return (self.run.checkpoints / f"epoch_{EPOCHS:04d}" / checkpoint.WEIGHTS).read_bytes()
+
+    def is_whole(self) -> None:
+        """Every epoch was recorded once, here and in MLflow, and no process is left of the training."""
+        assert epochs_logged(self.run) == list(range(1, EPOCHS + 1))
+        client = Tracker(self.store).client
+        experiment = client.get_experiment_by_name(self.run.experiment)
+        (found,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{self.name}'")
+        assert found.info.status == "FINISHED"
+        history = client.get_metric_history(found.info.run_id, "val/rsum")
+        assert sorted(point.step for point in history) == list(range(1, EPOCHS + 1))
+        wait_for(lambda: not any(node.trains() for node in self.on.nodes), "the end of all workers", 30)
+        wait_for(lambda: not any(map(alive, self.started)), "the end of what the command had started", 30)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A head that trains nothing; tests ask for the other nodes by `with_nodes`."""
+    with cluster(tmp_path_factory.mktemp("nodes"), cpus=0) as made:
+        yield made
+
+
+def with_nodes(on: Cluster, count: int) -> list[Node]:
+    """Exactly so many nodes of one CPU beside the head."""
+    for node in on.nodes[1 + count :]:
+        on.kill(node)
+    for _ in range(count - len(on.nodes) + 1):
+        on.add(f"node-{time.monotonic_ns()}")
+    names = {node.name for node in on.nodes}
+    wait_for(lambda: set(on.listed()) == names, "that Ray knows who is there", 60)
+    return on.nodes[1:]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nodes: Cluster, store: Path) -> Training:
+    """What every training here has to end on."""
+    with_nodes(nodes, 3)
+    calm = Training(nodes, store, "undisturbed", ("train.workers=2", f"train.checkpoint_steps={EVERY}"))
+    calm.start()
+    calm.ends()
+    calm.is_whole()
+    return calm
+
+
+def changed(constant: str, value: float) -> tuple[str | Path, ...]:
+    return (sys.executable, "-c", CHANGED.format(constant=constant, value=value))
+
+
+def waits_to_pass(training: Training, mark: str) -> float:
+    """Seconds until there is a newer checkpoint than `mark`."""
+    began = time.monotonic()
+    wait_for(lambda: training.newest() > mark, f"a checkpoint after {mark}", 150)
+    return time.monotonic() - began
+
+
+def test_a_node_lost_in_mid_epoch_is_replaced_by_a_spare_one(
+    nodes: Cluster, undisturbed: Training, store: Path, fault: Fault
+) -> None:
+    three = with_nodes(nodes, 3)
+    training = Training(nodes, store, "lost-node", undisturbed.settings)
+    training.start()
+    training.reaches(epoch=1, step=EVERY)
+    victim = next(node for node in three if node.trains())
+    spare = next(node for node in three if not node.trains())
+    nodes.kill(victim)
+    mark = training.newest()
+    fault.injected(f"SIGKILL of all processes of a node of two that trained, after {mark}")
+    seconds = waits_to_pass(training, mark)
+    assert spare.trains() or training.process.poll() == 0
+    fault.recovered(f"on the spare node, its next checkpoint {seconds:.0f} s after the fault")
+    training.ends()
+    training.is_whole()
+    assert training.numbers() == undisturbed.numbers()
+    assert training.weights() == undisturbed.weights()
+    fault.lost(f"{EVERY} steps at most, done again; the last weights and all metrics are the undisturbed run's")
+
+
+def test_a_node_that_is_taken_away_with_notice_costs_no_failure(
+    nodes: Cluster, undisturbed: Training, store: Path, fault: Fault
+) -> None:
+    three = with_nodes(nodes, 3)
+    settings = ("train.workers=2", "train.checkpoint_steps=null")  # the only one in `steps` is that of the notice
+    training = Training(nodes, store, "drained-node", settings, changed("MAX_FAILURES", 1))
+    names = nodes.listed()
+    with subprocess.Popen(
+        [sys.executable, "-c", NOTICE, nodes.gcs], env=nodes.environment, stdin=PIPE, stdout=PIPE, text=True
+    ) as cloud:
+        assert cloud.stdout is not None and cloud.stdout.readline() == "ready\n"
+        training.start()
+        training.reaches(epoch=1)
+        victim = next(node for node in three if node.trains())
+        noticed = time.monotonic()
+        told, _ = cloud.communicate(f"{names[victim.name]} {GRACE_S}\n", timeout=30)
+    assert told == "noticed\n"
+    fault.injected(f"notice that a node of two that trained is taken away in {GRACE_S} s, and SIGKILL to it then")
+    wait_for(lambda: list(training.run.steps.glob("epoch_*_step_*")), "the checkpoint of the notice", GRACE_S)
+    kept_after, mark = time.monotonic() - noticed, training.newest()
+    time.sleep(max(0.0, noticed + GRACE_S - time.monotonic()))
+    nodes.kill(victim)
+    training.ends()
+    training.is_whole()
+    fault.recovered(f"on the spare node from {mark}, written {kept_after:.0f} s after the notice was sent")
+    assert training.numbers() == undisturbed.numbers()
+    assert training.weights() == undisturbed.weights()
+    fault.lost("nothing, and no failure of those allowed")
+
+
+def test_a_training_with_fewer_workers_than_it_wants_grows_when_a_node_comes(
+    nodes: Cluster, undisturbed: Training, store: Path, fault: Fault
+) -> None:
+    with_nodes(nodes, 1)
+    settings = (*undisturbed.settings, "train.min_workers=1")
+    training = Training(nodes, store, "elastic", settings, changed("RESIZE_S", 2))
+    training.start()
+    training.reaches(epoch=1)
+    fault.injected("one node where train.workers=2 train.min_workers=1 were asked for, and a second one after epoch 1")
+    came = nodes.add("came")
+    began = time.monotonic()
+    wait_for(lambda: came.trains() or training.process.poll() is not None, "a worker on the node that came", 90)
+    assert training.process.poll() is None, "the training ended before it could grow"
+    seconds, mark = time.monotonic() - began, training.newest()
+    training.ends()
+    training.is_whole()
+    fault.recovered(f"with two workers {seconds:.0f} s later, at {mark}")
+    for expected, found in zip(undisturbed.numbers(), training.numbers(), strict=True):
+        for name in ("train/total", "train/gradient_norm"):
+            assert found[name] == pytest.approx(expected[name], rel=2e-4), name
+    fault.lost(f"{EVERY} steps at most, done again; the numbers are those of two workers within 0.0002")
+
+
+def test_a_lost_head_ends_the_command_and_the_same_command_goes_on(
+    nodes: Cluster, undisturbed: Training, store: Path, fault: Fault
+) -> None:
+    with_nodes(nodes, 2)
+    training = Training(nodes, store, "lost-head", undisturbed.settings)
+    training.start()
+    training.reaches(epoch=1, step=EVERY)
+    nodes.kill(nodes.nodes[0])
+    mark, began = training.newest(), time.monotonic()
+    fault.injected(f"SIGKILL of all processes of the head, after {mark}")
+    code = training.process.wait(150)
+    seconds = time.monotonic() - began
+    assert code == 6, training.log.read_text()[-3000:]
+    for node in list(nodes.nodes):
+        nodes.kill(node)
+    nodes.start(cpus=0)
+    with_nodes(nodes, 2)
+    training.start()
+    training.ends()
+    training.is_whole()
+    fault.recovered(f"by the same command on a new cluster; the first had ended with code {code} after {seconds:.0f} s")
+    assert training.numbers() == undisturbed.numbers()
+    assert training.weights() == undisturbed.weights()
+    fault.lost(f"{EVERY} steps at most, done again; the last weights and all metrics are the undisturbed run's")
