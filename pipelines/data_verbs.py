@@ -30,10 +30,13 @@ def data_list(store: StoreOption = None, as_json: JsonOption = False) -> None:
     own = [path.parent.parent.name for path in sorted((folder / "data").glob("*/prepared/manifest.json"))]
     found = {}
     for name in dict.fromkeys([*datasets.known(), *own]):
+        if name not in own:  # to open it would fetch it from the mirror
+            found[name] = "not prepared"
+            continue
         try:
             found[name] = prepare.open_prepared(name, folder).describe()
         except DataError as error:
-            found[name] = str(error) if name in own else "not prepared"
+            found[name] = str(error)
     if as_json:
         emit(found)
     else:

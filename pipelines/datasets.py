@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from setwise.platform.config import Settings
 from setwise.platform.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from setwise.pipelines.rows import Rows
 
 SPLITS = ("train", "val", "test")
 COCO_CAPTIONS = 5
@@ -71,7 +74,7 @@ class Source:
 
     name: str
     kind: Literal["images", "regions"]
-    rows: list[Row]
+    rows: Sequence[Row]
     files: tuple[Path, ...]
     quarantine: list[dict[str, Any]]
     notes: list[str]
@@ -125,10 +128,13 @@ def open_source(name: str, config: SourceConfig) -> Source:
         ConfigError: no folder is given.
         DataError: the folder holds no data set, or a file of it is wrong.
     """
+    from setwise.pipelines.rows import Rows
+
     if config.folder is None:
         raise ConfigError(f"where are the files of '{name}'? Say so: source.folder=FOLDER")
     folder = check_folder(name, config.folder)
     source = _read(name, folder, config)
+    source = replace(source, rows=Rows.of(source.rows))
     check_ids(source.rows, f"{source.files[0]}")
     limit = config.captions_per_image or (COCO_CAPTIONS if is_coco(name) else None)
     rows, counted = first_captions(source.rows, limit)
@@ -153,7 +159,7 @@ def check_folder(name: str, folder: str) -> Path:
 
 def _read(name: str, folder: Path, config: SourceConfig) -> Source:
     """By the reader that belongs to the files of the folder."""
-    from setwise.pipelines import caption_tables, coco_captions, karpathy, region_files
+    from setwise.pipelines import caption_tables, coco_captions, karpathy, region_files, table_lines
 
     given = Path(config.annotations).expanduser() if config.annotations is not None else None
     features = region_files.find(folder)
@@ -176,7 +182,7 @@ def _read(name: str, folder: Path, config: SourceConfig) -> Source:
         )
     if annotations.name in coco_captions.FILES:
         source = coco_captions.read(name, annotations.parent, folder, config.images)
-    elif annotations.suffix in caption_tables.SUFFIXES:
+    elif annotations.suffix in table_lines.SUFFIXES:
         source = caption_tables.read(name, annotations, folder, config.images)
     else:
         source = karpathy.read(name, annotations, folder, config.images)
@@ -281,13 +287,16 @@ def listed(values: Iterable[Any], separator: str = ", ") -> str:
     return separator.join(texts[:LISTED]) + more
 
 
-def check_ids(rows: list[Row], where: str) -> None:
+def check_ids(rows: Sequence[Row], where: str) -> None:
     """Raises DataError if there is no row, or if two images or two captions of `rows` have the same id."""
+    from setwise.pipelines.rows import Rows
+
     if not rows:
         raise DataError(f"{where}: lists no image that can be used")
+    rows = Rows.of(rows)
     images: dict[int, Row] = {}
     same_image = []
-    for row in rows:
+    for row in rows.with_repeated_id():
         if (first := images.setdefault(row.image_id, row)) is not row:
             both = [f"'{one.path.name if one.place is None else one.place}' of {one.split}" for one in (first, row)]
             same_image.append(f"{' and '.join(both)} have the same id {row.image_id}")
@@ -295,7 +304,7 @@ def check_ids(rows: list[Row], where: str) -> None:
         raise DataError(f"{where}: {listed(same_image, '; ')}")
     owners: dict[int, Row] = {}
     same_caption = []
-    for row in rows:
+    for row in rows.with_repeated_caption_id():
         for caption in row.captions:
             if (other := owners.get(caption.caption_id)) is not None:
                 same_caption.append(
@@ -307,19 +316,22 @@ def check_ids(rows: list[Row], where: str) -> None:
         raise DataError(f"{where}: {listed(same_caption, '; ')}")
 
 
-def first_captions(rows: list[Row], limit: int | None) -> tuple[list[Row], list[str]]:
+def first_captions(rows: Sequence[Row], limit: int | None) -> tuple[Rows, list[str]]:
     """`rows` with the first `limit` captions of each, and what there is to say about their numbers."""
-    numbers = [len(row.captions) for row in rows]
-    fewest, most = min(numbers), max(numbers)
+    from setwise.pipelines.rows import Rows
+
+    rows = Rows.of(rows)
+    numbers = rows.caption_numbers
+    fewest, most = int(numbers.min()), int(numbers.max())
     notes = []
     if limit is None:
         if fewest < most:
             notes.append(f"images have from {fewest} to {most} captions; all are used")
         return rows, notes
-    more, fewer = sum(number > limit for number in numbers), sum(number < limit for number in numbers)
+    more, fewer = int((numbers > limit).sum()), int((numbers < limit).sum())
     if more:
         notes.append(f"{more:,} images have more than {limit} captions, up to {most}; the first {limit} are used")
-        rows = [replace(row, captions=row.captions[:limit]) if len(row.captions) > limit else row for row in rows]
+        rows = rows.with_captions(limit)
     if fewer:
         notes.append(f"{fewer:,} images have fewer than {limit} captions, down to {fewest}")
     return rows, notes

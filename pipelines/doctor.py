@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -13,7 +15,8 @@ from pathlib import Path
 from rich.table import Table
 
 from setwise.pipelines import datasets, prepare, promotion_ledger, registry
-from setwise.platform.errors import DataError, UnreachableError
+from setwise.platform import mirror
+from setwise.platform.errors import ConfigError, DataError, UnreachableError
 from setwise.platform.tracking import Tracker
 
 MIN_FREE_GB = 5
@@ -33,9 +36,12 @@ class Check:
 def examine(store: Path, tracker: Tracker) -> list[Check]:
     """Look at Python, packages, processors, the store, the data and the registered models.
 
-    Changes nothing but a probe file in the store.
+    Changes nothing but a probe file in the store and in its mirror, and fetches nothing.
     """
-    return [_python(), *_packages(), _torch(), _store(store), _ray(), *_data(store), *_models(tracker)]
+    return [
+        *(_python(), *_packages(), _torch(), _store(store), *_mirror(store), _ray()),
+        *(*_data(store), *_models(tracker)),
+    ]
 
 
 def _python() -> Check:
@@ -68,6 +74,13 @@ def _torch() -> Check:
 
 def _store(store: Path) -> Check:
     free = shutil.disk_usage(store).free / 1e9
+    if store.stat().st_mode & stat.S_IWOTH:
+        return Check(
+            "store",
+            False,
+            f"{store}: every user of the machine may change it",
+            f"chmod o-w {store}; a group may share it",
+        )
     try:
         with tempfile.TemporaryFile(dir=store) as probe:
             probe.write(b"setwise")
@@ -78,6 +91,18 @@ def _store(store: Path) -> Check:
     )
 
 
+def _mirror(store: Path) -> list[Check]:
+    """Whether the store's mirror takes and gives back; nothing where it has none."""
+    try:
+        found = mirror.open_mirror(store)
+        if found is None:
+            return []
+        found.check()
+    except (ConfigError, UnreachableError) as error:
+        return [Check("mirror", False, str(error), f"correct {mirror.VARIABLE}, or train without it")]
+    return [Check("mirror", True, found.address)]
+
+
 def _ray() -> Check:
     address = os.environ.get("RAY_ADDRESS")
     return Check("ray cluster", True, address or "none named: each command starts its own on this machine")
@@ -86,10 +111,11 @@ def _ray() -> Check:
 def _data(store: Path) -> list[Check]:
     checks = []
     for name in datasets.known():
-        try:
-            checks.append(Check(f"data: {name}", True, prepare.open_prepared(name, store).describe()))
-        except DataError:
-            checks.append(Check(f"data: {name}", True, f"not prepared yet: setwise data prepare {name}"))
+        found = f"not prepared yet: setwise data prepare {name}"
+        with contextlib.suppress(DataError):
+            if prepare.is_there(name, store):
+                found = prepare.open_prepared(name, store).describe()
+        checks.append(Check(f"data: {name}", True, found))
     return checks
 
 

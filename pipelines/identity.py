@@ -5,20 +5,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from setwise.pipelines import feature_files
 from setwise.pipelines.datasets import Source
+from setwise.pipelines.rows import Rows
 from setwise.platform import storage
 from setwise.platform.errors import DataError
 
 SAMPLED_BYTES = 256
 THREADS = 16  # they wait for files most of the time
-CHUNK = 1024
+EACH = 64
+"""Images that a thread takes at once: to hand over each by itself would cost more than to read it."""
 
 
 def features(source: Source) -> dict[str, dict[str, Any]]:
@@ -27,12 +31,16 @@ def features(source: Source) -> dict[str, dict[str, Any]]:
     Raises:
         DataError: a file cannot be used, or a split has several.
     """
+    rows = Rows.of(source.rows)
+    if source.kind == "images":
+        if rows.has_places:
+            raise ValueError(f"'{source.name}' is of images, and has rows of features")
+        return {}
     files: dict[str, set[Path]] = {}
-    for row in source.rows:
-        if (row.place is not None) != (source.kind == "regions"):
-            raise ValueError(f"image {row.image_id} of a source of {source.kind} has place {row.place}")
-        if row.place is not None:
-            files.setdefault(row.split, set()).add(row.path)
+    for row in rows:
+        if row.place is None:
+            raise ValueError(f"image {row.image_id} of a source of regions has no place")
+        files.setdefault(row.split, set()).add(row.path)
     described = {}
     for split, paths in files.items():
         if len(paths) > 1:
@@ -51,7 +59,7 @@ def of(source: Source, features: dict[str, dict[str, Any]]) -> dict[str, Any]:
     files = [file for file in source.files if str(file.resolve()) not in described]
     if source.extended_positives is not None:
         files += sorted(path for path in source.extended_positives.rglob("*") if path.is_file())
-    images = [row.path for row in source.rows] if source.kind == "images" else []
+    images = (row.path for row in source.rows) if source.kind == "images" else iter(())
     # Of the same annotations, settings such as source.captions_per_image make other rows.
     rows = ([row.image_id, row.split, row.place, [[c.caption_id, c.text] for c in row.captions]] for row in source.rows)
     return {
@@ -70,10 +78,16 @@ def of_prepared(folder: Path, splits: Mapping[str, Any], features: Mapping[str, 
     return storage.fingerprint([splits, digests, [storage.sha256(file) for file in beside]])
 
 
-def _samples(images: list[Path]) -> Iterator[str]:
+def _samples(images: Iterator[Path]) -> Iterator[str]:
+    """A sample of each; in memory are those of a few thousand."""
     with ThreadPoolExecutor(THREADS) as pool:
-        for start in range(0, len(images), CHUNK):
-            yield from pool.map(_sample, images[start : start + CHUNK])
+        while some := list(islice(images, 2 * THREADS * EACH)):
+            for samples in pool.map(_samples_of, (some[start : start + EACH] for start in range(0, len(some), EACH))):
+                yield from samples
+
+
+def _samples_of(images: list[Path]) -> list[str]:
+    return [_sample(path) for path in images]
 
 
 def _sample(path: Path) -> str:
@@ -82,11 +96,14 @@ def _sample(path: Path) -> str:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             return "no file"
-        with path.open("rb") as stream:
-            stream.seek(max(0, status.st_size - SAMPLED_BYTES) // 2)
-            return f"{status.st_size} {stream.read(SAMPLED_BYTES).hex()}"
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.pread(file, SAMPLED_BYTES, max(0, status.st_size - SAMPLED_BYTES) // 2)
+        finally:
+            os.close(file)
     except OSError as error:
         return f"cannot be read: {error.errno}"
+    return f"{status.st_size} {data.hex()}"
 
 
 def _fingerprint(lines: Iterable[str]) -> str:

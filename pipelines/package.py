@@ -1,4 +1,5 @@
-"""What a job is sent: the files of setwise that a wheel would hold, and the files a user gives, as one zip.
+"""What a job is sent: the files of setwise that a wheel would hold, what git knows of them, and the files a user gives,
+as one zip.
 
 No wheel itself is sent. Ray knows a wheel by its file name alone, so that changed code of the same version would not
 reach a cluster that has seen the name, and it installs wheels with pip and all their dependencies, once a node. A zip
@@ -13,9 +14,10 @@ import subprocess
 import tomllib
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from setwise.platform import run
 from setwise.platform.errors import ConfigError
 
 LIMIT_BYTES = 100 * 2**20
@@ -25,10 +27,16 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # a time for all members, so that the same conten
 
 @dataclass(frozen=True)
 class Package:
-    """Files by their names in the zip; `left_out` are modules that git does not know."""
+    """Files by their names in the zip.
+
+    Args:
+        left_out: modules that git does not know.
+        code: commit of the modules and the difference to it, for the record of what the job trains.
+    """
 
     files: Mapping[str, Path]
     left_out: Sequence[str] = ()
+    code: bytes = b""
 
     @property
     def size(self) -> int:
@@ -39,6 +47,8 @@ class Package:
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as stream:
             for name, path in sorted(self.files.items()):
                 stream.writestr(zipfile.ZipInfo(name, EPOCH), path.read_bytes(), zipfile.ZIP_DEFLATED)
+            if self.code:
+                stream.writestr(zipfile.ZipInfo(f"setwise/{run.SENT_CODE}", EPOCH), self.code, zipfile.ZIP_DEFLATED)
             version = importlib.metadata.version("setwise")  # for importlib.metadata in the job
             about = f"Metadata-Version: 2.1\nName: setwise\nVersion: {version}\n"
             stream.writestr(zipfile.ZipInfo(f"setwise-{version}.dist-info/METADATA", EPOCH), about)
@@ -74,7 +84,7 @@ def collect(given: Sequence[Path], here: Path, say: Callable[[str], None]) -> Pa
             files[name] = file
     if package.left_out:
         say(f"not sent, since git does not track them: {', '.join(package.left_out)}")
-    whole = Package(files, package.left_out)
+    whole = Package(files, package.left_out, package.code)
     whole.check_size()
     return whole
 
@@ -86,7 +96,8 @@ def of_setwise(root: Path | None = None) -> Package:
         root: the source tree; None means the one this module lies in, if it lies in one.
     """
     tree = root or Path(__file__).resolve().parent.parent
-    return _from_tree(tree) if (tree / "pyproject.toml").is_file() else _installed()
+    found = _from_tree(tree) if (tree / "pyproject.toml").is_file() else _installed()
+    return replace(found, code=run.describe_code(tree / "platform"))
 
 
 def _from_tree(root: Path) -> Package:

@@ -8,31 +8,32 @@
       extended_positives/*.json          where the data set has them
     STORE/data/NAME/.prepared-IDENTITY/  the same while it is made
 
-Ray Data runs one task a shard: each reads, checks, decodes, resizes and writes its rows, so memory is bounded by the
-shards in flight, and no image passes through the driver. The result depends on nothing but the source and the settings.
+Ray Data runs one task a shard: each reads, checks, decodes, resizes and writes its rows, so its memory is
+bounded by the rows of a shard. No image passes through the driver, which has the rows in columns (rows.py) and hands
+over those of a few shards at a time. The result depends on nothing but the source and the settings.
 A preparation that was killed goes on with the shards that are not there yet.
 """
 
 from __future__ import annotations
 
-import logging
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from setwise.models.config import RegionsConfig
-from setwise.pipelines import datasets, feature_files, identity, shards, vocabulary
+from setwise.pipelines import datasets, feature_files, identity, mirrored, shard_tasks, shards, vocabulary
 from setwise.pipelines.datasets import Row, Source, SourceConfig
 from setwise.pipelines.digits import DigitsConfig, generate
+from setwise.pipelines.rows import Rows
 from setwise.pipelines.shards import Shard
-from setwise.platform import cluster, storage
+from setwise.platform import storage
 from setwise.platform.config import Settings
-from setwise.platform.errors import ConfigError, DataError, SetwiseError
+from setwise.platform.errors import ConfigError, DataError
 from setwise.platform.run import NAME
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 4
 Say = Callable[[str], None]
-Task = tuple[str, list[Row]]
+Task = tuple[str, Sequence[Row]]
 """The file of a shard, and its rows."""
 
 
@@ -122,7 +123,7 @@ def is_there(name: str, store: Path) -> bool:
 
 
 def open_prepared(name: str, store: Path) -> Prepared:
-    """A data set that was prepared before.
+    """A data set that was prepared before; one that only the store's mirror has is fetched from there.
 
     Raises:
         ConfigError: `name` cannot be one.
@@ -130,7 +131,7 @@ def open_prepared(name: str, store: Path) -> Prepared:
     """
     check_name(name)
     folder = store / "data" / name / "prepared"
-    if not is_there(name, store):
+    if not is_there(name, store) and not mirrored.fetch(name, store):
         raise DataError(f"data set '{name}' is not prepared in {store}. Do it with: {command(name)}")
     manifest = _manifest(folder)
     if manifest is None:
@@ -228,8 +229,8 @@ def prepare_digits(store: Path, settings: DigitsPreparation, say: Say) -> Prepar
             with storage.publish_folder(source) as building:
                 generate(building, digits)
                 storage.write_json(building / "generated.json", wanted)
-        config = SourceConfig(folder=str(source))
-        return prepare(datasets.open_source("digits", config), base / "prepared", settings.prepare, say, str(source))
+        files = datasets.open_source("digits", SourceConfig(folder=str(source)))
+        return mirrored.keep(prepare(files, base / "prepared", settings.prepare, say, str(source)), store, say)
 
 
 def prepare_source(name: str, store: Path, settings: PrepareSettings, say: Say) -> Prepared:
@@ -245,7 +246,8 @@ def prepare_source(name: str, store: Path, settings: PrepareSettings, say: Say) 
         source = datasets.open_source(name, settings.source)
         for note in source.notes:
             say(note)
-        return prepare(source, base / "prepared", settings.prepare, say, settings.source.folder)
+        made = prepare(source, base / "prepared", settings.prepare, say, settings.source.folder)
+        return mirrored.keep(made, store, say)
 
 
 def prepare(source: Source, target: Path, settings: PrepareConfig, say: Say, folder: str | None = None) -> Prepared:
@@ -260,6 +262,8 @@ def prepare(source: Source, target: Path, settings: PrepareConfig, say: Say, fol
     """
     if not source.rows:
         raise DataError(f"'{source.name}' has no image that could be prepared")
+    rows = Rows.of(source.rows)
+    source = replace(source, rows=rows)
     features = identity.features(source)
     # Not of it is how much may be quarantined: to allow more, nothing has to be made anew.
     known_by = {
@@ -275,7 +279,7 @@ def prepare(source: Source, target: Path, settings: PrepareConfig, say: Say, fol
     working = target.with_name(f".{target.name}-{storage.fingerprint(known_by)}")
     _remove_leftovers(target, working)
     working.mkdir(parents=True, exist_ok=True)
-    tasks = list(_tasks(source.rows, settings.rows_per_shard))
+    tasks = list(_tasks(rows, settings.rows_per_shard))
     missing = [(file, rows) for file, rows in tasks if shards.written(working / file) is None]
     there = f"; {len(tasks) - len(missing)} of {len(tasks)} shards are there" if len(missing) < len(tasks) else ""
     say(f"preparing {len(source.rows):,} {_things(source)} of '{source.name}' with Ray Data{there}")
@@ -313,41 +317,16 @@ def _things(source: Source) -> str:
     return "images" if source.kind == "images" else "images' region features"
 
 
-def _tasks(rows: list[Row], rows_per_shard: int) -> Iterator[Task]:
+def _tasks(rows: Rows, rows_per_shard: int) -> Iterator[Task]:
     """One task a shard, split by split."""
     for split in datasets.SPLITS:
-        members = [row for row in rows if row.split == split]
+        members = rows.of_split(split)
         for number, start in enumerate(range(0, len(members), rows_per_shard)):
             yield f"{split}-{number:05d}.parquet", members[start : start + rows_per_shard]
 
 
-def _write_shards(tasks: list[Task], folder: Path, settings: PrepareConfig) -> None:
-    """Write shards, one Ray Data task each."""
-    import ray.data
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports each execution, and that bars are off
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    form = settings.shorter_side, settings.jpeg_quality, settings.halved_colour
-
-    def write(task: dict[str, str]) -> dict[str, str]:
-        wrong = unwritable = ""  # an error that is raised here does not reach the driver as what it is
-        try:
-            shards.write(folder / task["file"], shards.load_rows(task["rows"]), *form)
-        except DataError as error:
-            wrong = str(error)
-        except OSError as error:
-            unwritable = f"{folder / task['file']} cannot be written ({error.strerror or error})"
-        return {"file": task["file"], "wrong": wrong, "unwritable": unwritable}
-
-    # Rows go as JSON, since Ray Data would store nested lists as pickles; what was written is read from the folder.
-    items = [{"file": file, "rows": shards.dump_rows(rows)} for file, rows in tasks]
-    one_is_for_the_driver = max(1, cluster.cpus() - 1)
-    written = ray.data.from_items(items, override_num_blocks=len(items)).map(write, concurrency=one_is_for_the_driver)
-    for row in written.iter_rows():
-        if row["wrong"]:
-            raise DataError(row["wrong"])
-        if row["unwritable"]:
-            raise SetwiseError(f"{row['unwritable']}. When it can be written, the same command goes on")
+def _write_shards(tasks: Sequence[Task], folder: Path, settings: PrepareConfig) -> None:
+    shard_tasks.run(tasks, folder, settings.shorter_side, settings.jpeg_quality, settings.halved_colour)
 
 
 def _written(path: Path) -> Shard:

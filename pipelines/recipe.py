@@ -8,7 +8,7 @@ change the result.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,8 @@ from setwise.platform import config
 from setwise.platform.config import Settings
 
 FOLDER = Path(__file__).parent / "recipes"
+LABEL = r"^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$"
+"""What Ray takes as the value of a label."""
 
 
 class DataConfig(Settings):
@@ -77,7 +79,7 @@ class TrainConfig(Settings):
     min_workers: int | None = Field(
         None, ge=1, description="train with as few where there is no room for `workers`, and with more once there is"
     )
-    accelerators: tuple[str, ...] = Field(
+    accelerators: tuple[Annotated[str, Field(pattern=LABEL)], ...] = Field(
         (), description="kinds of GPU to train on, as Ray's label ray.io/accelerator-type has them; none: any"
     )
     micro_batch: int | None = Field(

@@ -16,7 +16,7 @@ import io
 import json
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from setwise.pipelines import feature_files
+from setwise.pipelines import feature_files, table_lines
 from setwise.pipelines.datasets import Caption, Row, Source
 from setwise.pipelines.images import BadImageError, encode_jpeg, may_stay, read_file, read_rgb, resize_shorter_side
+from setwise.pipelines.rows import Rows
 from setwise.platform import storage
 from setwise.platform.errors import DataError
 
@@ -50,7 +51,7 @@ class Shard:
     quarantine: list[dict[str, Any]]
 
 
-def dump_rows(rows: list[Row]) -> str:
+def dump_rows(rows: Iterable[Row]) -> str:
     return json.dumps(
         [[r.image_id, r.split, str(r.path), [[c.caption_id, c.text] for c in r.captions], r.place] for r in rows]
     )
@@ -178,9 +179,10 @@ def check_losses(
         DataError: more was left out, or all of a split.
     """
     lines = [bad for bad in quarantine if bad["image_id"] is None]
-    captions = sum(len(row.captions) for row in source.rows) + len(lines)
+    rows = Rows.of(source.rows)
+    captions = int(rows.caption_numbers.sum()) + len(lines)
     images = [bad for bad in quarantine if bad["image_id"] is not None and bad["caption_id"] is None]
-    total = len({row.image_id for row in source.rows} | {bad["image_id"] for bad in images})
+    total = len(np.union1d(rows.image_ids, np.array([bad["image_id"] for bad in images], np.int64)))
     lost = total - sum(split["images"] for split in splits.values())
     for bad, number, of, what in ((lines, len(lines), captions, "captions"), (images, lost, total, "images")):
         if number > allowed * of:
@@ -190,9 +192,10 @@ def check_losses(
             )
     lacking = []
     for name, split in splits.items():
-        wanted = {row.image_id for row in source.rows if row.split == name}
+        wanted = np.unique(rows.of_split(name).image_ids)
         if not split["images"]:
-            why = _reasons([bad for bad in images if bad["image_id"] in wanted])
+            own = set(wanted.tolist())
+            why = _reasons([bad for bad in images if bad["image_id"] in own])
             raise DataError(f"none of the {len(wanted):,} images of {name} can be used. The first: {why}")
         if name != "train" and (fewer := len(wanted) - split["images"]):
             lacking.append(
@@ -259,6 +262,8 @@ def read(folder: Path, split: Mapping[str, Any], columns: tuple[str, ...]) -> py
     for shard in split["shards"]:
         path = folder / str(shard["file"])
         try:
+            if table_lines.has_extension_types(path):  # Ray's own among them are pickles
+                raise DataError(f"{path} has columns of extension types, and reading such a type may run code")
             parts.append(pyarrow.parquet.read_table(path, columns=list(columns)))
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise DataError(f"{path} is damaged ({error}). Remove {folder} and prepare the data set again") from error

@@ -153,8 +153,9 @@ def room(recipe: Recipe) -> tuple[int, bool]:
     """
     train = recipe.train
     use_gpu = hardware.on_gpus(train, cluster.capacity(train.accelerators))
-    elastic_on_gpus = train.min_workers is not None and use_gpu
-    return cluster.most_workers(train.accelerators, train.workers) if elastic_on_gpus else train.workers, use_gpu
+    if train.min_workers is None or not use_gpu:
+        return train.workers, use_gpu
+    return max(train.min_workers, cluster.most_workers(train.accelerators, train.workers)), use_gpu
 
 
 def _standing(training: Run) -> tuple[int, tuple[str, ...]]:

@@ -150,10 +150,18 @@ def metadata(folder: Path) -> dict[str, Any]:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """The state dict, on the CPU. Verify first: safetensors reads flipped bits without a word."""
+    """The state dict, on the CPU. Verify first: safetensors reads flipped bits without a word.
+
+    Raises:
+        DataError: the file is whole, and none of safetensors.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(folder / WEIGHTS)
+    try:
+        return load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise DataError(f"{folder / WEIGHTS}: not a file of weights ({error})") from error
 
 
 def training_state(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Real servers for tests, each on a free port of this machine: MLflow on sqlite, PostgreSQL, and what comes between."""
+"""Real servers for tests, each on a free port of this machine: MLflow, PostgreSQL, S3, and what comes between."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pwd
 import shutil
@@ -18,6 +19,7 @@ import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 START_S = 120
 POSTGRES = "/usr/lib/postgresql"  # where Debian's package puts its programs, by version
@@ -80,6 +82,104 @@ def mlflow_server(folder: Path) -> Iterator[MlflowServer]:
         yield server
     finally:
         server.kill()
+
+
+class S3Server:
+    """moto, which answers as S3 does, with what it holds in memory.
+
+    Attributes:
+        keys: the environment by which a client is let in; anybody is, unless the server `knows_keys`.
+    """
+
+    def __init__(self, folder: Path, knows_keys: bool = False) -> None:
+        self.folder, self.knows_keys = folder, knows_keys
+        self.host = f"127.0.0.1:{free_port()}"
+        self.keys = {"AWS_ACCESS_KEY_ID": "anybody", "AWS_SECRET_ACCESS_KEY": "anything"}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def address(self, place: str) -> str:
+        """That of a bucket, or of a prefix in it, for SETWISE_MIRROR."""
+        return f"s3://{place}?endpoint_override={self.host}&scheme=http"
+
+    def client(self, service: str = "s3") -> Any:
+        import boto3
+
+        key, secret = self.keys.values()
+        place = {"endpoint_url": f"http://{self.host}", "region_name": "us-east-1"}
+        return boto3.client(service, aws_access_key_id=key, aws_secret_access_key=secret, **place)
+
+    def start(self, bucket: str) -> None:
+        """Start empty, wait until it answers, and make a bucket: a second."""
+        before_keys_count = {"INITIAL_NO_AUTH_ACTION_COUNT": "4"} if self.knows_keys else {}
+        host, port = self.host.split(":")
+        with (self.folder / "s3.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "moto.server", "-H", host, "-p", port],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **before_keys_count},
+            )
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{self.host}/moto-api/", timeout=5):
+                break
+            time.sleep(0.05)
+        self.client().create_bucket(Bucket=bucket)
+        if self.knows_keys:
+            users = self.client("iam")
+            users.create_user(UserName="setwise")
+            anything = {"Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}], "Version": "2012-10-17"}
+            users.put_user_policy(UserName="setwise", PolicyName="any", PolicyDocument=json.dumps(anything))
+            made = users.create_access_key(UserName="setwise")["AccessKey"]
+            self.keys = dict(zip(self.keys, (made["AccessKeyId"], made["SecretAccessKey"]), strict=True))
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path, bucket: str, knows_keys: bool = False) -> Iterator[S3Server]:
+    """A server with one empty bucket; `kill()` and `start()` on the same port empty it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    server = S3Server(folder, knows_keys)
+    try:
+        server.start(bucket)
+        yield server
+    finally:
+        server.kill()
+
+
+HALF = """
+import sys, time
+from pathlib import Path
+from setwise.platform.mirror import Mirror, open_mirror
+whole = Mirror._copy
+def half(here, source, there, target):
+    if Path(source).name != sys.argv[1]:
+        return whole(here, source, there, target)
+    content = Path(source).read_bytes()
+    stream = there.open_output_stream(target)
+    stream.write(content[: len(content) // 2])
+    print("half", flush=True)
+    time.sleep(600)
+Mirror._copy = staticmethod(half)
+"""
+
+
+def killed_in_mid_upload(file: str, program: str, *arguments: str) -> None:
+    """Run `program`, which sends to a mirror, in a process that is killed when half of one `file` has been sent.
+
+    The program finds its arguments from sys.argv[2] on, and `open_mirror` imported.
+    """
+    words = [sys.executable, "-c", HALF + program, file, *arguments]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        process.kill()
+    assert said == "half\n" and process.returncode == -signal.SIGKILL
 
 
 class Faults(ThreadingHTTPServer):

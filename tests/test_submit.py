@@ -1,33 +1,23 @@
-"""Jobs on a real cluster: a head started as an administrator does, with a token, and commands typed as a user does.
-
-One test, since the head takes most of its time.
-"""
+"""Jobs on a real cluster: two nodes, started as an administrator does, with a token, and typed commands."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
-import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from commands import SETWISE, alive, descendants
-from servers import free_port
-from setwise.pipelines import package
+from clusters import TOKEN, Cluster, cluster
+from commands import SETWISE, epochs_logged, wait_for
+from setwise.pipelines import package, references
 from setwise.platform import jobs
+from setwise.platform.tracking import Tracker
+from tiny import TINY_MODEL
 
-TOKEN = "0123456789abcdef" * 4
-START_S = 90
+pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 PROBE = """
 import os
 from pathlib import Path
@@ -68,73 +58,24 @@ finally:
 """
 
 
-@dataclass(frozen=True)
-class Head:
-    url: str
-    gcs: str
-    temporary: Path
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster of two nodes, of one CPU each."""
+    with cluster(tmp_path_factory.mktemp("cluster"), cpus=1) as made:
+        made.add("second")
+        yield made
 
 
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[Head]:
-    """A cluster of one node, for as long as the test takes; ended by the ids of what it started."""
-    port, dashboard = free_port(), free_port()
-    ports = {
-        "--port": port,
-        "--dashboard-port": dashboard,
-        "--dashboard-agent-listen-port": free_port(),
-        "--ray-client-server-port": free_port(),
-    }
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HOME": str(tmp_path),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": TOKEN,
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as temporary:
-        command = [str(SETWISE.parent / "ray"), "start", "--head", "--block", "--temp-dir", temporary]
-        command += ["--min-worker-port", "0", "--max-worker-port", "0"]  # any that are free
-        command += ["--num-cpus", "2", "--object-store-memory", str(100 * 2**20), "--dashboard-host", "127.0.0.1"]
-        command += [word for name, value in ports.items() for word in (name, str(value))]
-        with (tmp_path / "head.log").open("wb") as log:
-            process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True
-            )
-        started: set[int] = set()
-        try:
-            url = f"http://127.0.0.1:{dashboard}"
-            wait_until_it_takes_jobs(url, process, tmp_path / "head.log")
-            yield Head(url, f"127.0.0.1:{port}", Path(temporary))
-        finally:
-            started = {process.pid, *descendants(process.pid)}
-            process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(15)
-            for one in started:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(one, signal.SIGKILL)
-            process.wait(15)
-    assert not [one for one in started if alive(one)]
-
-
-def wait_until_it_takes_jobs(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    request = urllib.request.Request(f"{url}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"})
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5):
-            return
-        time.sleep(0.2)
-    raise AssertionError(f"no cluster at {url}:\n{log.read_text()[-3000:]}")
+def surroundings(home: Path, **more: str) -> dict[str, str]:
+    """Of a user who knows the token, and nothing else of the cluster."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**inherited, "HOME": str(home), "RAY_AUTH_TOKEN": TOKEN, **more}
 
 
 def typed(folder: Path, *words: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    surroundings = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
         [SETWISE, *words],
-        env={**surroundings, "HOME": str(folder), "RAY_AUTH_TOKEN": TOKEN, **environment},
+        env=surroundings(folder, **environment),
         cwd=folder,
         capture_output=True,
         text=True,
@@ -146,10 +87,8 @@ def typed(folder: Path, *words: str, code: int = 0, **environment: str) -> subpr
     return done
 
 
-@pytest.mark.ray
-@pytest.mark.end_to_end
 def test_verbs_run_as_jobs_on_a_cluster_with_a_token(
-    head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    head: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, store = tmp_path / "here", str(tmp_path / "store")
     here.mkdir()
@@ -160,31 +99,33 @@ def test_verbs_run_as_jobs_on_a_cluster_with_a_token(
 
     # What no verb shows: whose code runs in the job and in a task that it starts, and on which cluster.
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    cluster = jobs.connect(head.url)
+    there = jobs.connect(head.url)
     given = [Path("mine.yaml"), Path("probe.py"), Path("endless.py")]
     package.collect(given, here, say=lambda message: None).write(tmp_path / "sent.zip")
-    cluster.submit(["endless"], tmp_path / "sent.zip", {}, "endless")
-    cluster.submit(["probe"], tmp_path / "sent.zip", {"SETWISE_PROBE": "1"}, "probe")
+    there.submit(["endless"], tmp_path / "sent.zip", {}, "endless")
+    there.submit(["probe"], tmp_path / "sent.zip", {"SETWISE_PROBE": "1"}, "probe")
 
     done = typed(here, "submit", *at, "--file", "mine.yaml", "--name", "check", "--", "config", "check", "mine.yaml")
     assert "mine.yaml: ok" in done.stdout.splitlines()
     assert "MiB unpacked to" in done.stderr and "Traceback" not in done.stdout + done.stderr
-    surroundings = {"RAY_ADDRESS": head.gcs, "SETWISE_STORE": store}
-    failed = typed(here, "submit", "--name", "missing", "--", "eval", "nothing", code=2, **surroundings)
+    places = {"RAY_ADDRESS": head.gcs, "SETWISE_STORE": store}
+    failed = typed(here, "submit", "--name", "missing", "--", "eval", "nothing", code=2, **places)
     assert "nothing" in failed.stdout and Path(store).is_dir()
 
     assert typed(here, "jobs", "stop", "endless", *at).stdout == "endless: stopping\n"
     stopped: list[str] = []
-    assert cluster.follow("endless", stopped.append).status == "STOPPED"
+    assert there.follow("endless", stopped.append).status == "STOPPED"
     assert "all is written" in "".join(stopped), "a job that is stopped has longer than Ray's three seconds"
     written: list[str] = []
-    assert cluster.follow("probe", written.append).exit_code == 0, "".join(written)
+    assert there.follow("probe", written.append).exit_code == 0, "".join(written)
     found = dict(
         line.split(" ", 1) for line in "".join(written).splitlines() if line.startswith(("head", "code", "task"))
     )
     address, given, nodes = found["head"].split()
-    assert address == given and address.endswith(head.gcs.removeprefix("127.0.0.1")) and nodes == "1"
-    assert found["code"].startswith(f"{head.temporary}/") and found["task"] == f"{found['code']} 1 extends:"
+    assert address == given and address.endswith(head.gcs.removeprefix("127.0.0.1")) and nodes == "2"
+    code, (where, *told) = Path(found["code"]), found["task"].split()
+    assert code.is_relative_to(head.temporary / "head") and told == ["1", "extends:"]
+    assert Path(where).parts[-4:] == code.parts[-4:], "the same package, wherever the task ran"
 
     listed = {job["id"]: job for job in json.loads(typed(here, "jobs", "ls", *at, "--json").stdout)["jobs"]}
     assert {name: (job["status"], job["exit_code"]) for name, job in listed.items()} == {
@@ -198,4 +139,43 @@ def test_verbs_run_as_jobs_on_a_cluster_with_a_token(
     assert "no such job" in typed(here, "jobs", "stop", "unknown", *at, code=2).stderr
     wrong = typed(here, "submit", *at, "--", "data", "ls", code=6, RAY_AUTH_TOKEN="f" * 64)
     assert "the token is not the cluster's" in wrong.stderr
-    assert len(cluster.all()) == len(listed)
+    assert len(there.all()) == len(listed)
+
+
+def test_the_demo_study_runs_on_both_nodes_as_one_job(head: Cluster, store: Path, tmp_path: Path) -> None:
+    small = [setting for setting in TINY_MODEL if not setting.startswith("train.epochs")]
+    sweep = ("sweep", "digits", *small, "train.epochs=1", "--trials", "4", "--name", "on-two-nodes")
+    submit = ("submit", "--address", head.url, "--name", "demo", "--", *sweep)
+    refused = typed(tmp_path, *submit, code=6, SETWISE_STORE=str(store), RAY_AUTH_TOKEN="f" * 64)
+    assert "the token is not the cluster's" in refused.stderr and not (store / "studies" / "on-two-nodes").exists()
+
+    with (tmp_path / "log").open("wb") as log:
+        job = subprocess.Popen(
+            [SETWISE, *submit],
+            env=surroundings(tmp_path, SETWISE_STORE=str(store)),
+            cwd=tmp_path,
+            stdout=log,
+            stderr=log,
+        )
+        busy: set[str] = set()
+
+        def both() -> bool:
+            busy.update(node.name for node in head.nodes if node.trains())
+            return len(busy) == 2 or job.poll() is not None
+
+        wait_for(both, "a trial on each node", 240)
+        code = job.wait(240)
+    written = (tmp_path / "log").read_text()
+    assert code == 0, written
+    assert busy == {"head", "second"}, written
+    assert TOKEN not in written
+
+    trials = references.trials_of("on-two-nodes", store)
+    assert [(trial.name, trial.status) for trial in trials] == [(f"on-two-nodes-{n:03d}", "FINISHED") for n in range(4)]
+    assert all(epochs_logged(trial) == [1] for trial in trials)
+    client = Tracker(store).client
+    found = client.search_runs([client.get_experiment_by_name("on-two-nodes").experiment_id])
+    names = {one.data.tags["mlflow.runName"]: one.info.status for one in found}
+    assert names == dict.fromkeys(("on-two-nodes", *(trial.name for trial in trials)), "FINISHED")
+    logs = typed(tmp_path, "jobs", "logs", "demo", "--address", head.url).stdout
+    assert "on-two-nodes" in logs and logs.strip() in written

@@ -17,6 +17,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from commands import parses
+from setwise.platform import run
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -262,6 +263,17 @@ def test_the_image_has_every_package_of_the_lock_with_its_hash() -> None:
     ]
     assert "--only-binary :all:" in DOCKERFILE and "UV_COMPILE_BYTECODE=1" in DOCKERFILE
     assert not re.search(r"--(default-)?index|--extra-index|https?://", DOCKERFILE)
+
+
+def test_the_image_knows_the_commit_it_was_built_from() -> None:
+    lines = DOCKERFILE.splitlines()
+    assert lines.index("ARG COMMIT=") < lines.index(f"ENV {run.BUILT_FROM}=$COMMIT")
+    builds = re.findall(r"docker build .+", "\n".join(lines))
+    assert builds and all("--build-arg COMMIT=$COMMIT" in line for line in builds)
+    command = re.search(r"COMMIT=\$\((git .+)\)", DOCKERFILE)
+    assert command is not None
+    done = subprocess.run(shlex.split(command[1]), cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?\n", done.stdout)
 
 
 def test_the_cpu_image_leaves_out_what_needs_cuda_and_nothing_else() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from setwise.pipelines import package
+from setwise.platform import run
 from setwise.platform.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +112,54 @@ def test_the_zip_runs_by_itself_and_is_the_same_for_the_same_content(tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(job / "setwise/pipelines/recipe.py"), "digits", "0.1.0"]
+
+
+def commit(folder: Path) -> str:
+    """Commit what is added; its name."""
+    git(
+        folder,
+        "-c",
+        "user.name=a",
+        "-c",
+        "user.email=a@example.org",
+        "-c",
+        "commit.gpgsign=false",
+        "commit",
+        "-qm",
+        "x",
+    )
+    done = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("change", [b"", b"# caf\xe9 and caf\xc3\xa9\n", b"x = 1\n" * 400_000])
+def test_a_job_knows_of_its_code_what_its_sender_knew(tree: Path, tmp_path: Path, change: bytes) -> None:
+    name = commit(tree)
+    (tree / "platform/errors.py").write_bytes((tree / "platform/errors.py").read_bytes() + change)
+    state, difference = run.code_state(tree / "platform")
+    package.of_setwise(tree).write(tmp_path / "sent.zip")
+    job = tree / "job"  # even where another checkout is around it
+    zipfile.ZipFile(tmp_path / "sent.zip").extractall(job)
+    assert run.code_state(job / "setwise" / "platform") == (state, difference)
+    assert (state["commit"], state["dirty"]) == (name, bool(change))
+    assert len(difference) == min(state["diff_bytes"], run.MAX_DIFF_BYTES)
+    assert change[:5] in difference
+
+
+def test_the_code_of_an_image_is_what_it_was_built_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    for built_from, known in (("", (None, None)), ("a1b2", ("a1b2", False)), ("a1b2-dirty", ("a1b2", True))):
+        monkeypatch.setenv(run.BUILT_FROM, built_from)
+        assert run.code_state(tmp_path) == (dict(zip(("commit", "dirty"), known, strict=True)), b"")
+
+
+def test_the_checkout_of_somebody_else_is_not_taken_for_ours(tree: Path) -> None:
+    """A virtual environment often lies in one."""
+    commit(tree)
+    installed = tree / ".venv/lib/setwise/platform"
+    installed.mkdir(parents=True)
+    (installed / "run.py").touch()
+    assert run.code_state(installed) == ({"commit": None, "dirty": None}, b"")
 
 
 def test_over_the_limit_the_five_largest_are_named(tmp_path: Path) -> None:

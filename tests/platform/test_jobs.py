@@ -171,8 +171,12 @@ def test_what_looks_like_a_secret_is_not_sent(name: str, monkeypatch: pytest.Mon
 
 def test_an_address_with_a_password_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKING", "https://user:canary@host/path")
-    with pytest.raises(ConfigError, match="TRACKING holds a password") as refused:
+    with pytest.raises(ConfigError, match="TRACKING holds a password, or") as refused:
         jobs.public_environment(["TRACKING"])
+    monkeypatch.setenv("HF_TOKEN", "canary-0123")
+    monkeypatch.setenv("OPTIONS", "use:canary-0123")
+    with pytest.raises(ConfigError, match="OPTIONS holds a password, or what a secret variable does"):
+        jobs.public_environment(["OPTIONS"])
     words = ["m", "x=postgresql://user:canary@host/db"]
     with pytest.raises(ConfigError, match="holds a password") as typed:
         Jobs("http://x", Client(None)).submit(words, Path("x.zip"), {}, None)
