@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setwise.models.config import BertConfig, BiGRUConfig, GridConfig
-from setwise.pipelines import hardware
+from setwise.pipelines import hardware, resume
 from setwise.pipelines.estimate import (
     GIB,
     MARGIN,
@@ -85,6 +85,8 @@ class Plan:
         machine = f" on {self.on} ({chosen.preset.count} x {chosen.preset.device})" if chosen.preset is not None else ""
         time = f", about {duration(chosen.seconds)}" if chosen.seconds is not None else ""
         kept, disk = train.keep_checkpoints + 1, chosen.checkpoint_bytes / GIB
+        if train.checkpoint_steps is not None and train.checkpoint_steps < chosen.steps_per_epoch:
+            kept += resume.KEEP_STEPS
         lines = [
             f"{self.name}{machine}: {_epochs(train.epochs)} of {chosen.steps_per_epoch:,} steps of {train.batch_size} "
             f"images, {chosen.steps:,} steps{time}",

@@ -45,6 +45,8 @@ GRACE_S = 20
 """How long a training that is asked to stop may take to its next step and checkpoint: what sends SIGTERM follows with
 SIGKILL, often after 30 s."""
 STOPPING = "stopping: a checkpoint is written after the next step. Ctrl-C again ends at once"
+PATIENCE_S = 60
+"""After which it is said that a training waits for its workers."""
 RESIZE_S = 30
 """How often a training with `train.min_workers` looks whether there is room for more."""
 WORKER_CPUS = 0.99
@@ -61,6 +63,9 @@ def train_with_ray(recipe: Recipe, training: Run, store: Path, on_epoch: OnEpoch
         KeyboardInterrupt: Ctrl-C or SIGTERM; the training has been asked to write a checkpoint, and had GRACE_S for it.
         StoppedError: somebody else asked the training to stop.
     """
+    from ray.exceptions import RayActorError
+    from ray.train import WorkerGroupError
+
     training.stop.unlink(missing_ok=True)
     record = Reader(training.events)
     failures, standing = 0, _standing(training)
@@ -71,7 +76,10 @@ def train_with_ray(recipe: Recipe, training: Run, store: Path, on_epoch: OnEpoch
         told = _explained(error, training)
         if isinstance(told, StoppedError) and not training.stop.exists():
             continue  # a machine is to be taken away, and Ray gives it no new work
-        if isinstance(told, SetwiseError) and not isinstance(told, LeaseHeldError):  # which a dying process may hold
+        final = isinstance(told, SetwiseError) and not isinstance(
+            told, LeaseHeldError
+        )  # which a dying process may hold
+        if final or not isinstance(error, WorkerGroupError | RayActorError):
             raise told from error
         before, standing = standing, _standing(training)
         failures = failures + 1 if standing == before else 1
@@ -114,9 +122,17 @@ def _attempt(
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
+    begun = time.monotonic()
+    waits = True
     try:
         while True:
             alive = thread.is_alive()  # asked before reading: what came in between is read in the next turn
+            waits = waits and storage.lease_owner(training.folder / "writer.lease") is None
+            if waits and time.monotonic() - begun > PATIENCE_S:
+                waits = False
+                log.warning(
+                    "run '%s' waits for room in the cluster: %s", training.name, _wanted(recipe, least, use_gpu)
+                )
             for event in (event for events, _ in record.new() for event in events):
                 if on_epoch is not None and event.get("series") == "train":
                     on_epoch({"epoch": float(event["step"]), **event["values"]})
@@ -156,6 +172,11 @@ def room(recipe: Recipe) -> tuple[int, bool]:
     if train.min_workers is None or not use_gpu:
         return train.workers, use_gpu
     return max(train.min_workers, cluster.most_workers(train.accelerators, train.workers)), use_gpu
+
+
+def _wanted(recipe: Recipe, least: int, use_gpu: bool) -> str:
+    kinds = f" of kind {' or '.join(recipe.train.accelerators)}" if use_gpu and recipe.train.accelerators else ""
+    return f"{least} {'GPU' if use_gpu else 'CPU'}{'s' if least > 1 else ''}{kinds}, free at the same time"
 
 
 def _standing(training: Run) -> tuple[int, tuple[str, ...]]:

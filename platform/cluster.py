@@ -46,6 +46,7 @@ def connect(cpus: int | None = None, object_store_bytes: int = 512 * 2**20) -> I
         "RAY_AIR_NEW_OUTPUT": "0",
         "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # tracking is ours; Tune would write CSV, JSON and TensorBoard too
+        "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # snapshots that nobody reads, and that keep all trials in memory
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     }
     for name, value in environment.items():

@@ -71,7 +71,7 @@ def run_study(
         ):
             courier.add(parent)
             for trial in done:
-                courier.add(references.trial_run(name, trial.number, store))
+                courier.add(references.trial_run(name, trial.number, store), ended=True)
             if interrupted := len(studies.left_running(study)):
                 say(f"study '{name}' goes on: {len(done)} trials are done, {interrupted} were interrupted and resume")
             elif done:

@@ -17,13 +17,12 @@ import pytest
 from clusters import Cluster, Node, cluster
 from commands import SETWISE, epochs_logged, wait_for
 from fault import Fault
-from setwise.pipelines import train
 from setwise.pipelines.recipe import Recipe
-from setwise.pipelines.workers import Worker
-from setwise.platform import checkpoint, config, run
+from setwise.platform import config, run
 from setwise.platform.run import Run
 from setwise.platform.tracking import Tracker
 from tiny import TINY_MODEL
+from trainings import digest, start, train_run, without_time
 
 pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
 EPOCHS = 10
@@ -31,8 +30,7 @@ EVERY = 10
 """Steps between two checkpoints, of 40 in an epoch."""
 RECIPE = ("digits_cnn_bigru", *TINY_MODEL, "train.batch_size=2")
 GRACE_S = 30
-"""What SIGTERM to `ray start --block` leaves those who run on its node: Ray tells them of a preemption, with this end."""
-TIMES = ("train/seconds", "train/images_per_second")
+"""Between SIGTERM to `ray start --block` and the end of what runs on its node: Ray calls that a preemption."""
 CHANGED = """
 import sys
 from setwise.pipelines import cli, worker_group
@@ -41,39 +39,6 @@ sys.argv[0] = "setwise"
 cli.main()
 """
 """The command with a constant changed that no user needs to change."""
-TIMES = ("train/seconds", "train/images_per_second")
-CHANGED = """
-import sys
-from setwise.pipelines import cli, worker_group
-worker_group.{constant} = {value}
-sys.argv[0] = "setwise"
-cli.main()
-"""
-"""The command with a constant changed that no user needs to change."""
-GRACE_S = 30
-"""That `ray start --block` gives what runs on its node after SIGTERM: it tells Ray of a preemption, with this deadline."""
-TIMES = ("train/seconds", "train/images_per_second")
-CHANGED = """
-import sys
-from setwise.pipelines import cli, worker_group
-worker_group.{constant} = {value}
-sys.argv[0] = "setwise"
-cli.main()
-"""
-"""The command with a constant changed that no user needs to change."""
-NOTICE = """
-import sys, time
-import ray
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-client = ray._raylet.GcsClient(address=sys.argv[1])
-print("ready", flush=True)
-node, seconds = input().split()
-accepted, why_not = client.drain_node(node, reason, "spot", int(1000 * (time.time() + float(seconds))))
-assert accepted, why_not
-print("noticed")
-"""
-"""What a cloud tells of a spot instance: as `ray drain-node`, which on a busy machine takes longer than a training."""
 
 
 @dataclass
@@ -124,8 +89,8 @@ class Training:
     def numbers(self) -> list[dict[str, float]]:
         return numbers(self.run)
 
-    def weights(self) -> bytes:
-        return (self.run.checkpoints / f"epoch_{self.epochs:04d}" / checkpoint.WEIGHTS).read_bytes()
+    def weights(self) -> str:
+        return digest(self.run.checkpoints / f"epoch_{self.epochs:04d}")
 
     def is_whole(self) -> None:
         """Every epoch was recorded once, here and in MLflow, and no process is left of the training."""
@@ -142,7 +107,7 @@ class Training:
 def numbers(training: Run) -> list[dict[str, float]]:
     """What was recorded of each epoch, but for what depends on the clock."""
     epochs = [event for event in run.read_events(training.events) if event.get("series") == "train"]
-    return [{key: value for key, value in one["values"].items() if key not in TIMES} for one in epochs]
+    return without_time([one["values"] for one in epochs])
 
 
 @pytest.fixture(scope="module")
@@ -243,9 +208,7 @@ def test_a_training_with_fewer_workers_than_it_wants_grows_when_a_node_comes(
     training.start()
     training.reaches(epoch=1)
     came = nodes.add("came")
-    fault.injected(
-        f"train.workers=2 train.min_workers=1 with room for one, and a second node after {training.newest()}"
-    )
+    fault.injected(f"room for one of train.workers=2, and for the other from {training.newest()} on")
     began = time.monotonic()
     wait_for(lambda: came.trains() or training.process.poll() is not None, "a worker on the node that came", 90)
     seconds, mark = time.monotonic() - began, training.newest()
@@ -253,10 +216,9 @@ def test_a_training_with_fewer_workers_than_it_wants_grows_when_a_node_comes(
     training.ends()
     training.is_whole()
     fault.recovered(f"with two workers, {seconds:.0f} s after Ray knew of the node, from {mark}")
-    alone = run.create(store / "runs", "alone", training.run.config.read_text(), "tests")
-    train.train(
-        Recipe.model_validate(config.read_yaml(alone.config).values), alone, store, Worker(), lambda values: None
-    )
+    settings_alone = Recipe.model_validate(config.read_yaml(training.run.config).values)
+    alone = start(store, "alone", settings_alone)
+    train_run(store, alone, settings_alone)
     for expected, found in zip(numbers(alone), training.numbers(), strict=True):
         for name in ("train/total", "train/gradient_norm"):
             assert found[name] == pytest.approx(expected[name], rel=2e-4), name

@@ -106,7 +106,11 @@ PUBLISHED: dict[str, dict[str, object]] = {
 }
 """What was published about each row of the paper's tables, and remembered of ResNet-152."""
 UNSAID = {"model.padding", "train.seed", "train.keep_checkpoints", "train.threads"} | {
-    f"train.{name}" for name in ("workers", "micro_batch", "compile", "eval_batch_size", "loader_threads")
+    f"train.{name}"
+    for name in (
+        *("workers", "min_workers", "accelerators", "checkpoint_steps"),
+        *("micro_batch", "compile", "eval_batch_size", "loader_threads"),
+    )
 }
 """Settings of a run, and padding, in which this implementation differs from the authors' on purpose."""
 NO_PIXELS = {f"data.{name}" for name in ("image_size", "crop_scale", "flip", "eval_view", "eval_shorter_side")}
