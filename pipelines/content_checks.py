@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -40,7 +40,7 @@ class Progress:
             self._say(f"checked {done:,} of {self._total:,} {self._what}")
 
 
-def check_images(rows: list[Row], deep: bool, say: Say) -> list[Finding]:
+def check_images(rows: Sequence[Row], deep: bool, say: Say) -> list[Finding]:
     """What is wrong with the image files of `rows`, and how closely they were looked at."""
     problems, decoded = _bad_images([row.path for row in rows], deep, say)
     held_out = [f"{rows[place].path}: {why}" for place, why in problems if rows[place].split != "train"]
@@ -72,7 +72,7 @@ def check_images(rows: list[Row], deep: bool, say: Say) -> list[Finding]:
     ]
 
 
-def _shared_files(rows: list[Row]) -> list[Finding]:
+def _shared_files(rows: Sequence[Row]) -> list[Finding]:
     splits: dict[Path, list[str]] = {}
     for row in rows:
         splits.setdefault(row.path, []).append(row.split)
@@ -92,7 +92,7 @@ def _how_much(read: str, number: int, total: int, what: str, where: str = "") ->
     return Finding("information", f"{read}, {number:,} {what}", where, "--deep: all of them" if number < total else "")
 
 
-def check_features(rows: list[Row], deep: bool, say: Say) -> list[Finding]:
+def check_features(rows: Sequence[Row], deep: bool, say: Say) -> list[Finding]:
     """What is wrong with the region features of `rows`, and how many of them were read.
 
     Raises:

@@ -7,7 +7,7 @@ to something else. In memory are the rows, and of images and features a block at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def verify(name: str, source: SourceConfig | None, store: Path, *, deep: bool, s
     return Report(name, tuple(sorted(findings, key=lambda finding: order.index(finding.severity))), counts)
 
 
-def _files(name: str, config: SourceConfig, deep: bool, say: Say) -> tuple[list[Finding], list[Row]]:
+def _files(name: str, config: SourceConfig, deep: bool, say: Say) -> tuple[list[Finding], Sequence[Row]]:
     say(f"reading the files of '{name}'")
     source = datasets.open_source(name, config)
     findings = [Finding("information", note) for note in source.notes]
@@ -76,7 +76,7 @@ def _files(name: str, config: SourceConfig, deep: bool, say: Say) -> tuple[list[
     return findings, source.rows
 
 
-def _prepared(name: str, store: Path, deep: bool, say: Say) -> tuple[list[Finding], list[Row]]:
+def _prepared(name: str, store: Path, deep: bool, say: Say) -> tuple[list[Finding], Sequence[Row]]:
     """Shards against the manifest that was written with them, and the features that they point to."""
     prepared = prepare.open_prepared(name, store)
     manifest = prepared.manifest
@@ -131,7 +131,7 @@ def _prepared_rows(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Row]:
                 yield Row(row["image_id"], split, path, tuple(captions), row.get("place"))
 
 
-def _counts(rows: list[Row]) -> dict[str, dict[str, int]]:
+def _counts(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
     counts = {}
     for split in datasets.SPLITS:
         own = [row for row in rows if row.split == split]
@@ -167,7 +167,7 @@ def _against_published(name: str, counts: dict[str, dict[str, int]]) -> list[Fin
     return findings
 
 
-def _captions(rows: list[Row]) -> list[Finding]:
+def _captions(rows: Sequence[Row]) -> list[Finding]:
     """Captions that are none, and captions of val and test that are captions of training images too."""
     findings = []
     bad = [

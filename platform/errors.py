@@ -4,7 +4,6 @@ A message says what was wrong, where, what is allowed and what to do. Whoever ra
 user's situation; every other exception is a defect of ours and keeps its traceback.
 """
 
-
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells count it: 128 + SIGINT."""
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fault import Fault
 
 from commands import SETWISE, alive, descendants, environment, epochs_logged, setwise, wait_for
+from fault import Fault
 from servers import mlflow_server
 from setwise.pipelines import recipe, resume
 from setwise.platform import checkpoint, run
