@@ -34,6 +34,8 @@ EVERY = 5
 """Steps between two checkpoints, of 40 in an epoch."""
 SETTINGS = (*TINY_MODEL, "train.batch_size=2", f"train.epochs={EPOCHS}", f"train.checkpoint_steps={EVERY}")
 LAST = f"epoch_{EPOCHS:04d}"
+STARTED: set[int] = set()
+"""The processes below all commands of these tests, which the last one looks for."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Command:
             return self.newest() >= name
 
         wait_for(there, name, 200)
-        self.below = descendants(self.process.pid)
+        STARTED.update(descendants(self.process.pid))
         return self.newest()
 
     def workers(self) -> list[int]:
@@ -132,11 +134,6 @@ def ends_as(training: Run, calm: Calm) -> None:
         assert sorted(point.step for point in points) == list(range(1, EPOCHS + 1))
 
 
-def no_orphans(processes: set[int]) -> None:
-    # Two of Ray's agents look for their parent only once a minute.
-    wait_for(lambda: not any(map(alive, processes)), "the end of what the command had started", 120)
-
-
 def test_workers_killed_in_mid_epoch(own_store: Path, calm: Calm, fault: Fault) -> None:
     """First the one that writes the checkpoints, then the other, of two that train together."""
     undisturbed = Command(own_store, "undisturbed", ("train.workers=2",))
@@ -155,7 +152,6 @@ def test_workers_killed_in_mid_epoch(own_store: Path, calm: Calm, fault: Fault) 
     assert numbers(command.run) == numbers(undisturbed.run)
     assert digest(command.run.checkpoints / LAST) == digest(undisturbed.run.checkpoints / LAST)
     assert len(list((command.run.folder / "ray").iterdir())) == 3
-    no_orphans(command.below)
     fault.lost(f"at most {EVERY} steps a death; metrics and weights are those of two undisturbed workers")
 
 
@@ -165,7 +161,6 @@ def test_driver_killed_in_mid_epoch(own_store: Path, calm: Calm, fault: Fault) -
     command.process.kill()
     command.process.wait()
     fault.injected("SIGKILL of the driver in epoch 2")
-    no_orphans(command.below)
     passed = command.newest()
     again = Command(own_store, "driver")
     wait_for(lambda: again.newest() > passed, "a newer checkpoint")
@@ -190,7 +185,6 @@ def test_preempted_with_sigterm(own_store: Path, calm: Calm, fault: Fault) -> No
     stopped = resume.newest(command.run)
     assert stopped is not None
     within = checkpoint.training_state(stopped)["within"]
-    no_orphans(command.below)
     again = Command(own_store, "preempted")
     again.ends()
     ends_as(again.run, calm)
@@ -396,3 +390,13 @@ def test_one_trial_out_of_memory(own_store: Path, fault: Fault) -> None:
     assert ends == ["FAILED", "FINISHED", "FINISHED"]
     fault.recovered("the other trials went on; exit code 4 names the one that failed")
     fault.lost("that trial alone, which is not tried again")
+
+
+def test_no_process_is_left_of_all_that_was_killed(fault: Fault) -> None:
+    assert len(STARTED) > 20
+    fault.injected(f"all of the above; {len(STARTED)} processes had been started")
+    began = time.monotonic()
+    # Two of Ray's agents look for their parent only once a minute.
+    wait_for(lambda: not any(map(alive, STARTED)), "the end of what the commands had started", 120)
+    fault.recovered(f"none is left, {time.monotonic() - began:.0f} s after the last test")
+    fault.lost("nothing")
