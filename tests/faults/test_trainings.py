@@ -29,7 +29,7 @@ from tiny import TINY_MODEL
 from trainings import digest, start, train_run, without_time
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(900)]
-EPOCHS = 4
+EPOCHS = 8
 EVERY = 5
 """Steps between two checkpoints, of 40 in an epoch."""
 SETTINGS = (*TINY_MODEL, "train.batch_size=2", f"train.epochs={EPOCHS}", f"train.checkpoint_steps={EVERY}")
@@ -157,17 +157,13 @@ def test_workers_killed_in_mid_epoch(own_store: Path, calm: Calm, fault: Fault) 
 
 def test_driver_killed_in_mid_epoch(own_store: Path, calm: Calm, fault: Fault) -> None:
     command = Command(own_store, "driver")
-    command.passes("epoch_0001_step_000010")
+    passed = command.passes("epoch_0000_step_000010")
     command.process.kill()
     command.process.wait()
-    fault.injected("SIGKILL of the driver in epoch 2")
-    passed = command.newest()
+    fault.injected(f"SIGKILL of the driver after {passed}")
     again = Command(own_store, "driver")
-    wait_for(lambda: again.newest() > passed, "a newer checkpoint")
-    fault.recovered(
-        f"by the same command, a newer checkpoint after {time.monotonic() - again.begun:.0f} s with Ray's start"
-    )
     again.ends()
+    fault.recovered(f"by the same command, which ended {time.monotonic() - again.begun:.0f} s after it was given")
     ends_as(again.run, calm)
     fault.lost(f"at most {EVERY} steps; metrics and weights are those of the undisturbed training")
 
@@ -284,6 +280,21 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@contextlib.contextmanager
+def read_only(disk: Path) -> Iterator[None]:
+    """Lay the same file system over itself, read-only: whoever opens a file from now on cannot write."""
+    view = disk.with_name("read-only view")
+    view.mkdir()
+    mount("--bind", str(disk), str(view))
+    mount("-o", "remount,bind,ro", str(view))
+    mount("--bind", str(view), str(disk))
+    try:
+        yield
+    finally:
+        for place in (disk, view):
+            subprocess.run(["umount", "--lazy", place], check=True)
+
+
 def mount(*words: str) -> None:
     done = subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -296,10 +307,9 @@ def test_storage_full(store: Path, tmp_path: Path, calm: Calm, fault: Fault) -> 
         (disk / "data").symlink_to(store / "data")
         command = Command(disk, "full")
         passed = command.passes("epoch_0001_step_000010")
-        with (disk / "other people's files").open("wb") as stream, contextlib.suppress(OSError):
-            while True:
-                stream.write(bytes(4096))
-                stream.flush()
+        with (disk / "other people's files").open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+            while stream.write(bytes(4096)):
+                pass
         fault.injected(f"the disk filled after {passed}")
         said = command.ends(code=1)
         assert f"{disk}" in said and "cannot be written" in said and "MiB free" in said
@@ -323,14 +333,13 @@ def test_storage_read_only(store: Path, tmp_path: Path, calm: Calm, fault: Fault
         (disk / "data").symlink_to(store / "data")
         command = Command(disk, "read-only")
         passed = command.passes("epoch_0001_step_000010")
-        mount("-o", "remount,ro,force", str(disk))
-        said = command.ends(code=1)
-        assert "cannot be written" in said and "Traceback" not in said
-        began = time.monotonic()
-        before = setwise(disk, *train("read-only"), code=1)
-        refused = time.monotonic() - began
-        assert "cannot be written (Read-only file system" in before.stderr
-        mount("-o", "remount,rw", str(disk))
+        with read_only(disk):
+            said = command.ends(code=1)
+            assert "cannot be written" in said and "Traceback" not in said
+            began = time.monotonic()
+            before = setwise(disk, *train("read-only"), code=1)
+            refused = time.monotonic() - began
+            assert "cannot be written (Read-only file system" in before.stderr
         fault.injected(f"the store mounted read-only after {passed}")
         again = Command(disk, "read-only")
         again.ends()
@@ -360,9 +369,11 @@ def test_mlflow_down(
 
 
 def test_loss_not_a_number(own_store: Path, fault: Fault) -> None:
-    command = Command(own_store, "diverges", ("optimizer.lr=1e18", "optimizer.clip_norm=1e18"))
+    vectors = own_store / "vectors.txt"
+    vectors.write_text("red" + 8 * " 3e38" + "\n")
+    command = Command(own_store, "diverges", (f"model.text_encoder.word_vectors={vectors}",))
     said = command.ends(code=1)
-    fault.injected("a learning rate of 1e18")
+    fault.injected("a word vector near the largest number that float32 has")
     assert "not finite any more at step" in said and "Try a lower optimizer.lr" in said
     assert len(list((command.run.folder / "ray").iterdir())) == 1
     for folder in (*command.run.checkpoints.glob("epoch*"), *command.run.steps.glob("epoch*")):
@@ -376,14 +387,15 @@ recipe: digits_cnn_bigru
 trials: 3
 sampler: grid
 space:
-  model.embed_size: {choice: [16, 1000000000, 8]}
+  model.embed_size: {choice: [16, 65536, 8]}
 """
 
 
 def test_one_trial_out_of_memory(own_store: Path, fault: Fault) -> None:
     study = own_store / "study.yaml"
     study.write_text(OUT_OF_MEMORY)
-    done = setwise(own_store, "sweep", str(study), *SETTINGS[1:], "--name", "memory", code=4)
+    settings = (*SETTINGS, "train.epochs=1", "model.set_prediction.ff_mult=64")
+    done = setwise(own_store, "sweep", str(study), *settings, "--name", "memory", code=4)
     fault.injected("a trial that needs more memory than there is")
     assert "memory" in done.stderr and "1 trial failed" in done.stderr
     ends = sorted(str(Run(own_store / "runs" / f"memory-{number:03d}").status) for number in range(3))
