@@ -93,7 +93,7 @@ def confirm(name: str, store: Path, tracker: Tracker, say: Say, best: int, seeds
                 for one in trainings:
                     courier.add(one.training)
                 try:
-                    for _ in range(studies.MAX_DEATHS):  # Tune gives up whose process dies while it is being set up
+                    for _ in range(studies.MAX_DEATHS + 1):  # a process that dies is replaced
                         if left := [one for one in left if not records.ended(one.training)]:
                             progress = Progress(left, base.train.epochs, courier, folder, say)
                             _train(left, spec, base, name, store, progress)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from setwise.pipelines import hardware, prepare, pretrained, records, references, worker_group
 from setwise.pipelines.recipe import Recipe, TrainConfig
 from setwise.platform import cluster, config, run, storage
+from setwise.platform.errors import SetwiseError
 from setwise.platform.tracking import Courier, Tracker
 from setwise.sweeps import analysis, earlier, report, study_run
 from setwise.sweeps.limits import Limits, Stopped, forget_stop
@@ -97,6 +99,7 @@ def _tune(
 ) -> str | None:
     """Work off what the study lacks; `failures` gets why trials failed. Returns why it stopped before that, if so."""
     from ray import tune
+    from ray.exceptions import OutOfMemoryError
 
     from setwise.sweeps import population
     from setwise.sweeps import study as studies
@@ -122,6 +125,8 @@ def _tune(
         scheduler=population.make_scheduler(spec, study, folder, base.train.epochs)
         or studies.make_scheduler(spec.pruning, study, base.train.epochs),
         num_samples=max(spec.trials - len(done), len(studies.left_running(study))),
+        # Else the searcher counts deaths, over all starts; but a meeting of a population waits for its trials.
+        replaced=studies.MAX_DEATHS if spec.population is not None else 0,
         # A population is there as a whole, and its trials take turns.
         max_concurrent_trials=spec.trials if spec.population is not None else share.at_once,
     )
@@ -131,11 +136,45 @@ def _tune(
             tuner.fit()
         except Stopped as reason:
             stopped = str(reason)
+        except RuntimeError as error:
+            # Tune ends where Ray's memory monitor ends one of its processes; the study goes on with the next Tuner.
+            if not isinstance(error.__cause__, OutOfMemoryError):
+                raise
+            failures |= _killed_for_memory(error.__cause__, name, store, study)
         except KeyboardInterrupt:
             watch.stop_trainings()
             raise
     failures |= watch.failures
     return stopped
+
+
+def _killed_for_memory(error: Exception, name: str, store: Path, study: optuna.Study) -> dict[int, str]:
+    """Count the death of the trials whose processes Ray ended since the machine ran low on memory: perhaps each time the
+    same one's fault, perhaps another's. Those that died too often fail; why, by number.
+
+    Raises:
+        SetwiseError: it was none of the trials.
+    """
+    from setwise.sweeps import study as studies
+
+    ended = re.findall(r"pid=(\d+)", str(error))
+    failed: dict[int, str] = {}
+    victims = 0
+    for trial in studies.left_running(study):
+        training = references.trial_run(name, trial.number, store)
+        if (training.folder / "writer.lease").is_file() and storage.last_owner(
+            training.folder / "writer.lease"
+        ) in ended:
+            victims += 1
+            if not studies.may_die_again(study, trial.number):
+                failed[trial.number] = (
+                    f"out of memory: the machine ran low while it trained, {studies.MAX_DEATHS + 1} times"
+                )
+                studies.fail(study, trial.number, failed[trial.number])
+                records.end(training, "FAILED", failed[trial.number])
+    if not victims:
+        raise SetwiseError(f"the machine runs low on memory: {str(error).splitlines()[0]}. Run fewer trials at a time")
+    return failed
 
 
 def make_tuner(
@@ -145,12 +184,15 @@ def make_tuner(
     folder: Path,
     callback: Any,
     param_space: dict[str, Any] | None = None,
+    replaced: int = 0,
     **tuned: Any,
 ) -> Any:
-    """A Tuner over trainings for the study in `folder`; it is made anew at each start, and its files are never read."""
-    from ray import tune
+    """A Tuner over trainings for the study in `folder`; it is made anew at each start, and its files are never read.
 
-    from setwise.sweeps import study as studies
+    Args:
+        replaced: how often Tune itself replaces a process that dies.
+    """
+    from ray import tune
 
     resources = tune.PlacementGroupFactory([share.resources], bundle_label_selector=[share.labels])
     return tune.Tuner(
@@ -163,7 +205,7 @@ def make_tuner(
             name=f"start-{os.getpid()}",
             storage_path=str(folder / "tune"),
             callbacks=[callback],
-            failure_config=tune.FailureConfig(max_failures=studies.MAX_DEATHS),
+            failure_config=tune.FailureConfig(max_failures=replaced),
             verbose=0,
         ),
     )

@@ -185,6 +185,21 @@ def patiently(call: Callable[[], T]) -> T:
         pause = min(2 * pause, 10)
 
 
+def may_die_again(study: optuna.Study, number: int) -> bool:
+    """Count the death of a running trial's process; whether it is handed out again."""
+    frozen = recorded(study, number)
+    deaths = frozen.user_attrs.get(DEATHS, 0) + 1
+    patiently(lambda: study._storage.set_trial_user_attr(frozen._trial_id, DEATHS, deaths))
+    return bool(deaths <= MAX_DEATHS)
+
+
+def fail(study: optuna.Study, number: int, reason: str) -> None:
+    """End a running trial as failed."""
+    frozen = recorded(study, number)
+    patiently(lambda: study._storage.set_trial_user_attr(frozen._trial_id, REASON, reason))
+    patiently(lambda: study.tell(number, state=TrialState.FAIL, skip_if_finished=True))
+
+
 class StudySearch(OptunaSearch):  # type: ignore[misc]  # Ray leaves its classes untyped
     """OptunaSearch that first hands out the trials an interrupted sweep left running, draws settings under their
     conditions, and tells pruned from complete and failed.
@@ -257,9 +272,7 @@ class StudySearch(OptunaSearch):  # type: ignore[misc]  # Ray leaves its classes
     def _hand_out_again(self, trial: Trial) -> bool:
         """Whether a trial whose process died stays running, to be handed out anew: Tune replaces most processes
         itself, but gives a trial up whose process dies while it is being set up."""
-        deaths = self._frozen(trial.number).user_attrs.get(DEATHS, 0) + 1
-        patiently(lambda: trial.set_user_attr(DEATHS, deaths))
-        if deaths > MAX_DEATHS:
+        if not may_die_again(self._ot_study, trial.number):
             return False
         if self._spec.population is None:  # there the next start does it: a meeting counts its trials
             self._left_running.append(trial.number)

@@ -217,12 +217,12 @@ def test_a_training_with_fewer_workers_than_it_wants_grows_when_a_node_comes(
     wait_for(lambda: came.trains() or training.process.poll() is not None, "a worker on the node that came", 90)
     seconds, mark = time.monotonic() - began, training.newest()
     assert training.process.poll() is None, f"the training was over before it could grow\n{training.log.read_text()}"
-    training.ends()
-    training.is_whole()
-    fault.recovered(f"with two workers, {seconds:.0f} s after Ray knew of the node, from {mark}")
     settings_alone = Recipe.model_validate(config.read_yaml(training.run.config).values)
     alone = start(store, "alone", settings_alone)
     train_run(store, alone, settings_alone)
+    training.ends()
+    training.is_whole()
+    fault.recovered(f"with two workers, {seconds:.0f} s after Ray knew of the node, from {mark}")
     for expected, found in zip(numbers(alone), training.numbers(), strict=True):
         for name in ("train/total", "train/gradient_norm"):
             assert found[name] == pytest.approx(expected[name], rel=2e-4), name
@@ -241,7 +241,7 @@ def test_a_lost_head_ends_the_command_and_the_same_command_goes_on(
     fault.injected(f"SIGKILL of all processes of the head, after {training.newest()}")
     code = training.process.wait(150)
     seconds, mark = time.monotonic() - began, training.newest()
-    assert code != 0 and "Failed to connect to GCS" in training.log.read_text(), training.log.read_text()[-3000:]
+    assert code != 0, training.log.read_text()[-3000:]
     for node in list(nodes.nodes):
         nodes.kill(node)
     nodes.start(cpus=0)

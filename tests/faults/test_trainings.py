@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from commands import SETWISE, alive, descendants, environment, epochs_logged, setwise, wait_for
@@ -369,39 +370,40 @@ def test_mlflow_down(
 
 
 def test_loss_not_a_number(own_store: Path, fault: Fault) -> None:
-    vectors = own_store / "vectors.txt"
-    vectors.write_text("red" + 8 * " 3e38" + "\n")
-    command = Command(own_store, "diverges", (f"model.text_encoder.word_vectors={vectors}",))
+    command = Command(own_store, "diverges", ("loss.mmd_weight=3e38",))
     said = command.ends(code=1)
-    fault.injected("a word vector near the largest number that float32 has")
-    assert "not finite any more at step" in said and "Try a lower optimizer.lr" in said
+    fault.injected("a gradient too large for float32")
+    assert "not finite any more at step 0" in said and "Try a lower optimizer.lr" in said
     assert len(list((command.run.folder / "ray").iterdir())) == 1
-    for folder in (*command.run.checkpoints.glob("epoch*"), *command.run.steps.glob("epoch*")):
-        assert all(tensor.isfinite().all() for tensor in checkpoint.weights(folder).values())
     fault.recovered("it ended with the step and what to do, and was not tried again")
-    fault.lost("nothing but the training: no checkpoint holds a number that is not finite")
+    fault.lost("nothing but the training; no checkpoint was written after it (tests/pipelines/test_resume.py)")
 
 
 OUT_OF_MEMORY = """
 recipe: digits_cnn_bigru
 trials: 3
 sampler: grid
+overrides: {model.embed_size: 16}
 space:
   model.embed_size: {choice: [16, 65536, 8]}
 """
 
 
-def test_one_trial_out_of_memory(own_store: Path, fault: Fault) -> None:
+def test_one_trial_out_of_memory(own_store: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial that would need 50 GB. Ray's memory monitor ends its process once 4 GB more are in use than now."""
+    memory = psutil.virtual_memory()
+    limit = (memory.total - memory.available + 4 * 2**30) / memory.total
+    monkeypatch.setenv("RAY_memory_usage_threshold", f"{limit:.3f}")
     study = own_store / "study.yaml"
     study.write_text(OUT_OF_MEMORY)
     settings = (*SETTINGS, "train.epochs=1", "model.set_prediction.ff_mult=64")
     done = setwise(own_store, "sweep", str(study), *settings, "--name", "memory", code=4)
-    fault.injected("a trial that needs more memory than there is")
-    assert "memory" in done.stderr and "1 trial failed" in done.stderr
+    fault.injected("a trial that needs more memory than there is, so that Ray ends its process")
+    assert "trial 1: out of memory: the machine ran low" in done.stderr and "1 trial failed" in done.stderr
     ends = sorted(str(Run(own_store / "runs" / f"memory-{number:03d}").status) for number in range(3))
     assert ends == ["FAILED", "FINISHED", "FINISHED"]
-    fault.recovered("the other trials went on; exit code 4 names the one that failed")
-    fault.lost("that trial alone, which is not tried again")
+    fault.recovered("the other trials went on, that one was tried four times; exit code 4 names it")
+    fault.lost("that trial alone")
 
 
 def test_no_process_is_left_of_all_that_was_killed(fault: Fault) -> None:
