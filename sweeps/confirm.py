@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.exceptions import OutOfMemoryError
 from ray.tune import Callback
 
 from setwise.pipelines import prepare, pretrained, records, worker_group
@@ -149,6 +150,10 @@ def _train(left: list[Again], spec: Study, base: Recipe, name: str, store: Path,
     except KeyboardInterrupt:
         progress.stop_trainings()
         raise
+    except RuntimeError as error:
+        if not isinstance(error.__cause__, OutOfMemoryError):  # Ray ended one of the processes; the others go on
+            raise
+        progress.say(f"the machine ran low on memory: {str(error.__cause__).splitlines()[0]}")
 
 
 def _train_again(config: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -163,7 +168,7 @@ class Progress(Callback):  # type: ignore[misc]  # Ray leaves its classes untype
         self._epochs = epochs
         self._courier = courier
         self._stop = folder / "stop"
-        self._say = say
+        self.say = say
         self._running: list[Any] = []
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -181,19 +186,19 @@ class Progress(Callback):  # type: ignore[misc]  # Ray leaves its classes untype
             raise StorageError(result[STUDY_FAILURE])
         if FAILURE not in result:
             said = f"{self._run(trial).name}  epoch {result[TIME]}/{self._epochs}  val RSUM {result[METRIC]:.1f}"
-            self._say(said)
+            self.say(said)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, trial.last_result.get(FAILURE))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(f"{self._run(trial).name}: its process died ({last_words(trial)}); it goes on")
+        self.say(f"{self._run(trial).name}: its process died ({last_words(trial)}); it goes on")
 
     def _end(self, trial: Any, failure: str | None) -> None:
         training = self._run(trial)
         records.end(training, "FINISHED" if failure is None else "FAILED", failure)
         if failure is not None:
-            self._say(f"{training.name} failed: {failure}")
+            self.say(f"{training.name} failed: {failure}")
 
     def _run(self, trial: Any) -> Run:
         return self._runs[trial.config[AGAIN][NUMBER], trial.config[AGAIN]["seed"]]

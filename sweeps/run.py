@@ -149,8 +149,8 @@ def _tune(
 
 
 def _killed_for_memory(error: Exception, name: str, store: Path, study: optuna.Study) -> dict[int, str]:
-    """Count the death of the trials whose processes Ray ended since the machine ran low on memory: perhaps each time the
-    same one's fault, perhaps another's. Those that died too often fail; why, by number.
+    """Count the death of the trials whose processes Ray ended since the machine ran low on memory. It need not have
+    been their fault, so that only those that died too often fail; why, by number.
 
     Raises:
         SetwiseError: it was none of the trials.
@@ -162,16 +162,15 @@ def _killed_for_memory(error: Exception, name: str, store: Path, study: optuna.S
     victims = 0
     for trial in studies.left_running(study):
         training = references.trial_run(name, trial.number, store)
-        if (training.folder / "writer.lease").is_file() and storage.last_owner(
-            training.folder / "writer.lease"
-        ) in ended:
-            victims += 1
-            if not studies.may_die_again(study, trial.number):
-                failed[trial.number] = (
-                    f"out of memory: the machine ran low while it trained, {studies.MAX_DEATHS + 1} times"
-                )
-                studies.fail(study, trial.number, failed[trial.number])
-                records.end(training, "FAILED", failed[trial.number])
+        lease = training.folder / "writer.lease"
+        if not lease.is_file() or storage.last_owner(lease) not in ended:
+            continue
+        victims += 1
+        if not studies.may_die_again(study, trial.number):
+            reason = f"out of memory: the machine ran low while it trained, {studies.MAX_DEATHS + 1} times"
+            failed[trial.number] = reason
+            studies.fail(study, trial.number, reason)
+            records.end(training, "FAILED", reason)
     if not victims:
         raise SetwiseError(f"the machine runs low on memory: {str(error).splitlines()[0]}. Run fewer trials at a time")
     return failed
