@@ -6,6 +6,7 @@ The record is the run's outbox; it reaches MLflow from there.
 from __future__ import annotations
 
 import getpass
+import platform  # the standard library's
 import re
 from typing import Any
 
@@ -29,6 +30,7 @@ def begin(outbox: Outbox, training: Run, recipe: Recipe, prepared: Prepared, sta
     tags = {
         "setwise.recipe": recipe.title,
         "setwise.data": prepared.fingerprint,
+        "setwise.host": platform.node(),
         "mlflow.source.git.commit": str(identity["commit"]),
         "setwise.code_changed": str(identity["dirty"]),
         **_place(training),
