@@ -246,8 +246,8 @@ def _watched(address: str) -> Iterator[None]:
             except OSError:
                 refused = 0
             if (refused >= 2 or time.monotonic() - answered > AWAY_S) and not ended.is_set():
-                said = f"error: the head of the Ray cluster at {address} is gone. Once it is back, the same command goes on"
-                print(said, file=sys.stderr, flush=True)  # noqa: T201
+                told = "the head of the Ray cluster at {} is gone. When it is back, the same command goes on"
+                print("error:", told.format(address), file=sys.stderr, flush=True)  # noqa: T201
                 os._exit(UnreachableError.exit_code)
 
     threading.Thread(target=watch, name="head", daemon=True).start()
