@@ -12,6 +12,8 @@ class Fault:
     name: str
     said: dict[str, str] = field(default_factory=dict)
     failed: bool = False
+    not_run: str | None = None
+    """Why it could not be injected on this machine."""
 
     def injected(self, what: str) -> None:
         """What was broken, and where that hit: "SIGKILL of rank 1 at step 7"."""
@@ -31,6 +33,8 @@ class Fault:
 
     @property
     def line(self) -> str:
+        if self.not_run is not None:
+            return f"{self.name}: NOT RUN: {self.not_run}"
         said = "; ".join(f"{word} {text}" for word, text in self.said.items())
         if not self.failed:
             return f"{self.name}: {said}"

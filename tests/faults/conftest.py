@@ -5,7 +5,7 @@
 A test takes the fixture `fault` (of type Fault, from fault.py) and calls `fault.injected(...)` when the fault has
 happened, `fault.recovered(...)` when the platform is well again, and `fault.lost(...)` with what is gone or had to be
 done twice ("nothing"). A test that passes has to have said all three. The line of one that fails says FAILED, and what
-had been said until then.
+had been said until then; one that this machine does not let us inject says NOT RUN, and why.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fault import Fault
 
 _FAULTS = pytest.StashKey[list[Fault]]()
 _PASSED = pytest.StashKey[bool]()
+_SKIPPED = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,6 +30,7 @@ def fault(request: pytest.FixtureRequest) -> Iterator[Fault]:
     made = Fault(request.node.name.removeprefix("test_"), failed=True)
     request.config.stash[_FAULTS].append(made)
     yield made
+    made.not_run = request.node.stash.get(_SKIPPED, None)
     if request.node.stash.get(_PASSED, False):
         assert not made.unsaid, f"the test passed and did not say: {', '.join(made.unsaid)}"
         made.failed = False
@@ -41,6 +43,8 @@ def pytest_runtest_makereport(
     report = yield
     if call.when == "call":
         item.stash[_PASSED] = report.passed
+        if call.excinfo is not None and report.skipped:
+            item.stash[_SKIPPED] = str(call.excinfo.value)
     return report
 
 
