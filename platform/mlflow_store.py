@@ -55,8 +55,11 @@ def open_client(uri: str) -> MlflowClient:
     for noisy in ("alembic", "mlflow.tracking"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what it logs it raises too
-    if uri.startswith("sqlite:///"):
-        _make_whole(Path(uri.removeprefix("sqlite:///")))
+    if uri.startswith("sqlite:///") and "?" not in uri:
+        try:
+            _make_whole(Path(uri.removeprefix("sqlite:///")))
+        except Exception as error:
+            raise unreachable(uri, error) from error
     if is_database(uri):
         _connect_once(uri)
     from mlflow import MlflowClient
@@ -72,17 +75,21 @@ def open_client(uri: str) -> MlflowClient:
 def _make_whole(file: Path) -> None:
     """Make a sqlite store with all its tables, or nothing. A process that is killed while MLflow makes them one by one
     would leave a file that nobody can ever open."""
-    if file.is_file() and file.stat().st_size:
+    if _is_something(file):
         return
     from mlflow import MlflowClient
 
     with storage.lease(file.with_name(f".{file.name}.lease"), f"the making of {file}", wait_s=MAKING_S):
-        if file.is_file() and file.stat().st_size:
+        if _is_something(file):
             return
         with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
             making = Path(folder) / file.name
             MlflowClient(tracking_uri=f"sqlite:///{making}", registry_uri=f"sqlite:///{making}").search_experiments()
             making.replace(file)
+
+
+def _is_something(file: Path) -> bool:
+    return file.exists() and (not file.is_file() or file.stat().st_size > 0)
 
 
 def _connect_once(uri: str) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -474,3 +477,22 @@ def test_events_are_delivered_in_order_and_progress_is_noted_on_the_way(
     assert sent == ["0", "step 1", "1", "step 2", "2"]
     assert tracker.undelivered(run) == 3
     assert tracker.deliver(run) == 3
+
+
+def test_a_store_whose_making_was_cut_short_is_no_broken_store(tmp_path: Path) -> None:
+    """MLflow makes its tables one by one: a process is killed among them, and the next one makes them all."""
+    code = f"""
+import os, signal, sqlalchemy, sqlalchemy.event
+from pathlib import Path
+from setwise.platform.tracking import Tracker
+made = []
+@sqlalchemy.event.listens_for(sqlalchemy.engine.Engine, "before_cursor_execute")
+def dies(connection, cursor, statement, *_):
+    made.append("CREATE INDEX" in statement)
+    if sum(made) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+Tracker(Path({str(tmp_path)!r})).client
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert Tracker(tmp_path).client.search_experiments()

@@ -88,12 +88,14 @@ def test_a_failure_is_the_last_result(
 ) -> None:
     real = train.train
 
-    def fails_after_an_epoch(recipe: Recipe, training: run.Run, store: Path, worker: Any, report: Any) -> None:
+    def fails_after_an_epoch(
+        recipe: Recipe, training: run.Run, store: Path, worker: Any, report: Any, **more: Any
+    ) -> None:
         def then(values: dict[str, float]) -> None:
             report(values)
             raise error
 
-        real(recipe, training, store, worker, then)
+        real(recipe, training, store, worker, then, **more)
 
     monkeypatch.setattr(train, "train", fails_after_an_epoch)
     failed = go(own, tiny_recipe)
