@@ -92,6 +92,7 @@ def end(training: Run, status: str, reason: str | None = None) -> None:
         known = storage.read_json(training.folder / "best.json")
         epoch = int(checkpoint.metadata(best)["epoch"])
         outbox.metrics(epoch, {f"best/{known['metric']}": float(known["value"])}, series="best")
+    checkpoint.prune(training.steps, keep=())  # nobody goes on from there any more
     events.append({"kind": "tags", "values": tags})
     events.append({"kind": "status", "value": "FAILED" if status == "FAILED" else "FINISHED"})
     outbox.append(*events)

@@ -179,10 +179,9 @@ def _wanted(recipe: Recipe, least: int, use_gpu: bool) -> str:
     return f"{least} {'GPU' if use_gpu else 'CPU'}{'s' if least > 1 else ''}{kinds}, free at the same time"
 
 
-def _standing(training: Run) -> tuple[int, tuple[str, ...]]:
+def _standing(training: Run) -> list[str]:
     """Something that changes whenever a training comes further."""
-    names = sorted(path.name for parent in (training.checkpoints, training.steps) for path in parent.glob("epoch_*"))
-    return training.events.stat().st_size if training.events.exists() else 0, tuple(names)
+    return sorted(path.name for parent in (training.checkpoints, training.steps) for path in parent.glob("epoch_*"))
 
 
 def _explained(error: BaseException, training: Run) -> BaseException:

@@ -14,10 +14,11 @@ from urllib.parse import quote, quote_plus, unquote
 SECRET_NAME = re.compile(
     r"TOKEN|SECRET|PASSW|PASSPHRASE|PWD|CREDENTIAL|AUTH(?!OR)|(^|_)(API|ACCESS|PRIVATE)?_?KEY", re.I
 )
-PLACE_NAME = re.compile(r"(_PATH|_FILE|_DIR|_SOCK|_MODE)$", re.I)
+PLACE_NAME = re.compile(r"(_PATH|_FILE|_DIR|_SOCK|_MODE)$|^(OLD)?PWD$", re.I)
 """Ends the name of a variable that says where a secret is, or how it is used, and holds none."""
 MIN_LENGTH = 8
-"""A shorter value may be an ordinary word, and is left in a text where it stands alone."""
+WORD = re.compile(r"[A-Za-z]{1,15}")
+"""Such a value, or one shorter than MIN_LENGTH, may be an ordinary word, and stays where it stands alone in a text."""
 HIDDEN = "***"
 
 # Up to the last '@': a password may hold one. With http no '/', where the path begins; a token may stand for the user.
@@ -60,7 +61,7 @@ def _secrets() -> set[str]:
     written = {
         form for value in found for form in (value, quote(value, ""), quote_plus(value), json.dumps(value)[1:-1])
     }
-    return {form for form in written if len(form) >= MIN_LENGTH}
+    return {form for form in written if len(form) >= MIN_LENGTH and not WORD.fullmatch(form)}
 
 
 def _is_place(value: str) -> bool:

@@ -8,6 +8,7 @@ NAME/
   events.jsonl       parameters, metrics and tags in order, with their times: the outbox that tracking delivers
   checkpoints/       epoch_0007/ ..., and best.json, which names the best of them
   steps/             epoch_0007_step_000500/ ...: within the epoch that is being trained, only to go on from
+  process            of a trial: the process it is in
   stop               somebody's wish that the training stops after its next step
   evaluation/        one JSON file a benchmark
 """

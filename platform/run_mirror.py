@@ -228,7 +228,7 @@ def restore(training: Run, store: Path) -> str | None:
     try:
         return RunMirror(mirror, training).restore()
     except UnreachableError as error:
-        if any(event["kind"] == "metrics" for event in run.read_events(training.events)):
+        if any(event.get("series") == "train" for event in run.read_events(training.events)):
             raise
         log.warning("%s. Run '%s' begins from nothing.", error, training.name)
         return None

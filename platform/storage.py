@@ -191,12 +191,6 @@ def lease(path: Path, what: str, wait_s: float = 0) -> Iterator[None]:
         yield
 
 
-def last_owner(path: Path) -> str:
-    """The id of the process that owned a lease last, whether it still does or not; "" where none did."""
-    words = path.read_text().split()
-    return words[1] if words[:1] == ["process"] else ""
-
-
 def lease_owner(path: Path) -> str | None:
     """Who owns a lease now, in words; None if nobody does."""
     if not path.is_file():

@@ -8,6 +8,7 @@ goes on where it was killed.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from ray.tune import Callback
 from setwise.pipelines import prepare, pretrained, records, worker_group
 from setwise.pipelines.recipe import Recipe
 from setwise.platform import cluster, config, run, storage
-from setwise.platform.errors import ConfigError, DataError, StorageError
+from setwise.platform.errors import ConfigError, DataError, SetwiseError, StorageError
 from setwise.platform.outbox import Outbox
 from setwise.platform.run import Run
 from setwise.platform.tracking import Courier, Tracker
@@ -31,7 +32,7 @@ from setwise.sweeps.analysis import Row
 from setwise.sweeps.limits import Stopped, forget_stop
 from setwise.sweeps.space import Study, with_values
 from setwise.sweeps.study import FAILURE, METRIC, NUMBER, RETURNED_VALUES, STUDY_FAILURE, TIME
-from setwise.sweeps.trial import settings_of, train_trial
+from setwise.sweeps.trial import ended_for_memory, settings_of, train_trial
 from setwise.sweeps.watch import last_words
 
 Say = Callable[[str], None]
@@ -94,12 +95,14 @@ def confirm(name: str, store: Path, tracker: Tracker, say: Say, best: int, seeds
                 for one in trainings:
                     courier.add(one.training)
                 try:
-                    for _ in range(studies.MAX_DEATHS + 1):  # a process that dies is replaced
-                        if left := [one for one in left if not records.ended(one.training)]:
-                            progress = Progress(left, base.train.epochs, courier, folder, say)
-                            _train(left, spec, base, name, store, progress)
-                    for one in left:
-                        records.end(one.training, "FAILED", "its process died again and again")
+                    deaths: Counter[str] = Counter()
+                    while left := [one for one in left if not records.ended(one.training)]:
+                        progress = Progress(left, base.train.epochs, courier, folder, say)
+                        _train(left, spec, base, name, store, progress)
+                        deaths.update(progress.died)
+                        for one in left:  # a process that dies is replaced
+                            if deaths[one.training.name] > studies.MAX_DEATHS:
+                                records.end(one.training, "FAILED", "its process died again and again")
                 except Stopped as reason:
                     say(f"stopped: {reason}. Nothing is lost, and the same command goes on")
             shutil.rmtree(folder / "tune", ignore_errors=True)
@@ -153,6 +156,10 @@ def _train(left: list[Again], spec: Study, base: Recipe, name: str, store: Path,
     except RuntimeError as error:
         if not isinstance(error.__cause__, OutOfMemoryError):  # Ray ended one of the processes; the others go on
             raise
+        ended = ended_for_memory(error.__cause__, [one.training for one in left if not records.ended(one.training)])
+        if not ended:
+            raise SetwiseError("the machine runs low on memory. Run fewer trainings at a time") from error
+        progress.died |= {training.name for training in ended}
         progress.say(f"the machine ran low on memory: {str(error.__cause__).splitlines()[0]}")
 
 
@@ -170,6 +177,8 @@ class Progress(Callback):  # type: ignore[misc]  # Ray leaves its classes untype
         self._stop = folder / "stop"
         self.say = say
         self._running: list[Any] = []
+        self.died: set[str] = set()
+        """Runs whose process died."""
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._running = [trial for trial in trials if trial.status == "RUNNING"]
@@ -192,6 +201,7 @@ class Progress(Callback):  # type: ignore[misc]  # Ray leaves its classes untype
         self._end(trial, trial.last_result.get(FAILURE))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.died.add(self._run(trial).name)
         self.say(f"{self._run(trial).name}: its process died ({last_words(trial)}); it goes on")
 
     def _end(self, trial: Any, failure: str | None) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from setwise.sweeps import analysis, earlier, report, study_run
 from setwise.sweeps.limits import Limits, Stopped, forget_stop
 from setwise.sweeps.report import Outcome, TrialTable
 from setwise.sweeps.space import Study, default_values
-from setwise.sweeps.trial import settings_of, train_trial
+from setwise.sweeps.trial import ended_for_memory, settings_of, train_trial
 
 if TYPE_CHECKING:
     import optuna
@@ -157,22 +156,17 @@ def _killed_for_memory(error: Exception, name: str, store: Path, study: optuna.S
     """
     from setwise.sweeps import study as studies
 
-    ended = re.findall(r"pid=(\d+)", str(error))
-    failed: dict[int, str] = {}
-    victims = 0
-    for trial in studies.left_running(study):
-        training = references.trial_run(name, trial.number, store)
-        lease = training.folder / "writer.lease"
-        if not lease.is_file() or storage.last_owner(lease) not in ended:
-            continue
-        victims += 1
-        if not studies.may_die_again(study, trial.number):
-            reason = f"out of memory: the machine ran low while it trained, {studies.MAX_DEATHS + 1} times"
-            failed[trial.number] = reason
-            studies.fail(study, trial.number, reason)
-            records.end(training, "FAILED", reason)
+    trials = {references.trial_run(name, trial.number, store): trial.number for trial in studies.left_running(study)}
+    victims = ended_for_memory(error, list(trials))
     if not victims:
         raise SetwiseError(f"the machine runs low on memory: {str(error).splitlines()[0]}. Run fewer trials at a time")
+    failed: dict[int, str] = {}
+    for training in victims:
+        number = trials[training]
+        if not studies.may_die_again(study, number):
+            failed[number] = f"out of memory: the machine ran low while it trained, {studies.MAX_DEATHS + 1} times"
+            studies.fail(study, number, failed[number])
+            records.end(training, "FAILED", failed[number])
     return failed
 
 

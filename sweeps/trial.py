@@ -6,8 +6,12 @@ that dies is replaced, and the trial goes on from its newest checkpoint; so is o
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import re
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
     from setwise.sweeps.population import Copy
 
 MAX_REASON = 600
+PROCESS = "process"
+"""The file of a run that says which process its trial is in."""
 
 
 def settings_of(study: str, base: Recipe, store: Path, objectives: tuple[str, ...], population: bool) -> dict[str, Any]:
@@ -81,6 +87,7 @@ def train_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
             if not training.events.is_file():
                 note = study_run.trial_note(settings["study"], config[NUMBER], config[RETURNED_VALUES], seed)
                 Outbox(training.events).append({"kind": "tags", "values": {study_run.NOTE: note}})
+        storage.write_bytes(training.folder / PROCESS, str(os.getpid()).encode())
         objectives |= _costs(training, recipe, store, tuple(settings["objectives"]))
         _train(recipe, training, store, report, copy)
     except (LeaseHeldError, StoppedError):
@@ -88,8 +95,21 @@ def train_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
     except Exception as error:
         nothing = dict.fromkeys(settings["objectives"], math.nan)
         # A full disk is no property of the trial: the study stops, and the trial goes on with it.
+        if isinstance(error, OSError) and error.errno in storage.NOT_WRITABLE:
+            error = storage.not_writable(store, error.strerror)
         kind = STUDY_FAILURE if isinstance(error, StorageError) else FAILURE
         tune.report({TIME: 0, METRIC: math.nan, **nothing, **number, kind: _reason(error, training)})
+
+
+def ended_for_memory(error: Exception, trainings: Sequence[Run]) -> list[Run]:
+    """Those of `trainings` whose trial's process Ray's memory monitor ended, by the text of its OutOfMemoryError.
+
+    A process may have served several trials: it was at work for the one that it began last.
+    """
+    began = [(path.stat().st_mtime_ns, one) for one in trainings if (path := one.folder / PROCESS).is_file()]
+    at_work = {(one.folder / PROCESS).read_text(): one for _, one in sorted(began, key=lambda pair: pair[0])}
+    ended = re.findall(r"Selected to kill:.*?pid=(\d+)", str(error))
+    return [at_work[process] for process in ended if process in at_work]
 
 
 def _train(recipe: Recipe, training: Run, store: Path, report: Any, copy: Copy | None) -> None:
@@ -126,6 +146,7 @@ def _reason(error: Exception, training: Run) -> str:
     if isinstance(error, SetwiseError):
         return masked(str(error))[:MAX_REASON]
     if (training.folder / "run.json").is_file():
-        storage.write_bytes(training.folder / "error.txt", masked(traceback.format_exc()).encode())
+        with contextlib.suppress(OSError):
+            storage.write_bytes(training.folder / "error.txt", masked(traceback.format_exc()).encode())
     kind = "out of memory" if "OutOfMemory" in type(error).__name__ else type(error).__name__
     return masked(f"{kind}: {str(error).strip()}")[:MAX_REASON]

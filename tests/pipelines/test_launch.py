@@ -17,6 +17,7 @@ from setwise.pipelines.workers import Worker
 from setwise.platform import cluster, run
 from setwise.platform.config import to_yaml
 from setwise.platform.errors import ConfigError, DataError, UnreachableError
+from setwise.platform.outbox import Outbox
 from setwise.platform.run import Run
 from tiny import TINY_MODEL
 
@@ -195,3 +196,24 @@ def test_seeds_are_runs_of_one_name_counted_from_the_recipes_own(store: Path) ->
     assert launch.title_of(planned) == "mine"
     (alone,) = launch.plans("digits_cnn_bigru", settings, None, None, store)
     assert launch.title_of([alone]) == alone.name and alone.recipe == settings
+
+
+def test_deaths_without_progress_are_counted_whatever_the_machine_records_meanwhile(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.exceptions import RayActorError
+
+    settings, training = start(store, "hopeless", 1)
+    attempts: list[int] = []
+
+    def dies(*arguments: object) -> BaseException:
+        attempts.append(1)
+        Outbox(training.events).metrics(len(attempts), {"system/cpu": 1.0}, series="system")
+        if len(attempts) == 2:
+            (training.steps / "epoch_0000_step_000500").mkdir(parents=True)
+        return RayActorError()
+
+    monkeypatch.setattr(worker_group, "_attempt", dies)
+    with pytest.raises(RayActorError):
+        worker_group.train_with_ray(settings, training, store)
+    assert len(attempts) == 1 + worker_group.MAX_FAILURES

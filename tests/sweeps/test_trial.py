@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +126,30 @@ def test_a_name_that_is_taken_is_a_failure_that_touches_nothing(
     go(own, tiny_recipe)
     assert "exists with another configuration" in reported[0]["failure"]
     assert not other.events.exists()
+
+
+def test_of_several_trials_in_one_process_the_last_one_was_ended_for_memory(tmp_path: Path) -> None:
+    said = "Considered workers: [(A, pid=11), (B, pid=22)]\nSelected to kill: (Actor(x), pid=11, memory used=9GB)\n"
+    trainings = [run.Run(tmp_path / name) for name in ("stands-still", "at-work", "elsewhere", "never-began")]
+    for number, (training, process) in enumerate(zip(trainings[:3], ("11", "11", "22"), strict=True)):
+        storage.write_bytes(training.folder / trial.PROCESS, process.encode())
+        os.utime(training.folder / trial.PROCESS, ns=(number, number))
+    assert trial.ended_for_memory(Exception(said), trainings) == [trainings[1]]
+    assert trial.ended_for_memory(Exception("pid=33"), trainings) == []
+
+
+@pytest.mark.parametrize("file", ["run.json", "config.yaml", "events.jsonl"])
+def test_a_disk_that_is_full_as_a_trial_begins_is_no_failure_of_the_trial(
+    own: Path, tiny_recipe: Recipe, reported: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    real = Path.open
+
+    def full(path: Path, *arguments: Any, **named: Any) -> Any:
+        if file in path.name and arguments and arguments[0] != "rb":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", full)
+    go(own, tiny_recipe)
+    assert "cannot be written (No space left on device" in reported[-1]["study_failure"]
+    assert "failure" not in reported[-1]
