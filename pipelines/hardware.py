@@ -182,7 +182,7 @@ def _labelled(accelerators: Sequence[str], nodes: Sequence[Node]) -> str:
     said = f"with the label {' or '.join(accelerators)}"
     others = sorted({node.accelerator or "" for node in nodes if node.gpus})
     if not others:
-        return f"{said}, and no other"
+        return f"{said}, and none of another label. See: setwise cluster ls"
     counted = (
         f"{sum(node.gpus for node in nodes if (node.accelerator or '') == label):g} x {label or 'no label'}"
         for label in others

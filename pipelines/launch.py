@@ -115,7 +115,9 @@ def execute(planned: Sequence[Plan], tracker: Tracker, say: Say) -> list[Run]:
                     cluster_at_need.enter_context(cluster.connect())
                     cluster_at_need.enter_context(worker_group.interruptible())
                     connected = True
-                say(f"run '{plan.name}': training on {_processors(plan.recipe)}")
+                newest = max(worker_group.checkpoints(training), default=None)
+                onward = f", from {newest} on" if newest is not None else ""
+                say(f"run '{plan.name}': training on {_processors(plan.recipe)}{onward}")
                 worker_group.train_with_ray(plan.recipe, training, plan.store, on_epoch=_told(plan, say))
                 records.end(training, "FINISHED")
                 run_mirror.send(training, plan.store)

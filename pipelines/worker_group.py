@@ -68,7 +68,7 @@ def train_with_ray(recipe: Recipe, training: Run, store: Path, on_epoch: OnEpoch
 
     training.stop.unlink(missing_ok=True)
     record = Reader(training.events)
-    failures, standing = 0, _standing(training)
+    failures, standing = 0, checkpoints(training)
     while True:
         error = _attempt(recipe, training, store, record, on_epoch)
         if error is None:
@@ -81,7 +81,7 @@ def train_with_ray(recipe: Recipe, training: Run, store: Path, on_epoch: OnEpoch
         )  # which a dying process may hold
         if final or not isinstance(error, WorkerGroupError | RayActorError):
             raise told from error
-        before, standing = standing, _standing(training)
+        before, standing = standing, checkpoints(training)
         failures = failures + 1 if standing == before else 1
         if failures >= MAX_FAILURES:
             raise told from error
@@ -142,9 +142,12 @@ def _attempt(
                 return failure[0] if failure else None
             thread.join(POLL_S)
     except KeyboardInterrupt:
+        before = checkpoints(training)
         log.warning(STOPPING)
         training.stop.touch()
         thread.join(GRACE_S)  # a second Ctrl-C ends this
+        if checkpoints(training) == before:
+            log.warning("no checkpoint was written in time: what came after the newest one is done again")
         raise
 
 
@@ -179,8 +182,8 @@ def _wanted(recipe: Recipe, least: int, use_gpu: bool) -> str:
     return f"{least} {'GPU' if use_gpu else 'CPU'}{'s' if least > 1 else ''}{kinds}, free at the same time"
 
 
-def _standing(training: Run) -> list[str]:
-    """Something that changes whenever a training comes further."""
+def checkpoints(training: Run) -> list[str]:
+    """The names of a training's checkpoints, by age. They change whenever it comes further."""
     return sorted(path.name for parent in (training.checkpoints, training.steps) for path in parent.glob("epoch_*"))
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from setwise.platform.errors import ConfigError, SetwiseError, UnreachableError
+from setwise.platform.errors import INTERRUPTED, ConfigError, SetwiseError, UnreachableError
 from setwise.platform.masking import SECRET_NAME, holds_secret
 
 PATIENCE_S = 10
@@ -57,11 +57,14 @@ class Job:
 
     @property
     def exit_code(self) -> int | None:
-        """That of its command as a shell counts it; 1 where the command never began or was stopped; None before."""
+        """That of its command as a shell counts it; 1 where the command never began; None before it is over.
+
+        Ray keeps none of a command that it was asked to stop: it is what `setwise` ends with then.
+        """
         if not self.is_over:
             return None
         if self.driver_code is None:
-            return 0 if self.status == "SUCCEEDED" else 1
+            return {"SUCCEEDED": 0, "STOPPED": INTERRUPTED}.get(self.status, 1)
         return 128 - self.driver_code if self.driver_code < 0 else self.driver_code
 
 

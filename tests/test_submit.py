@@ -129,7 +129,7 @@ def test_verbs_run_as_jobs_on_a_cluster_with_a_token(
 
     listed = {job["id"]: job for job in json.loads(typed(here, "jobs", "ls", *at, "--json").stdout)["jobs"]}
     assert {name: (job["status"], job["exit_code"]) for name, job in listed.items()} == {
-        "endless": ("STOPPED", 1),
+        "endless": ("STOPPED", 130),
         "probe": ("SUCCEEDED", 0),
         "check": ("SUCCEEDED", 0),
         "missing": ("FAILED", 2),

@@ -29,7 +29,7 @@ def node(gpus: float, accelerator: str | None, number: int = 1, cpus: float = 16
         ("a100x8", [node(8, "A100-80G")], True, "has 8 on 1 of 1 nodes"),
         ("a100x8", [node(4, "RTX3090")], False, "another label: 4 x RTX3090"),
         ("h200x1", [node(1, None)], False, "ray start --labels=ray.io/accelerator-type=H200"),
-        ("h200x1", [], False, "has 0 on 0 of 0 nodes with the label H200, and no other"),
+        ("h200x1", [], False, "has 0 on 0 of 0 nodes with the label H200, and none of another label"),
         ("cpu", [node(0, None, cpus=2)], True, "the cluster has 2 CPUs"),
     ],
 )

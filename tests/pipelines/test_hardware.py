@@ -184,7 +184,7 @@ def test_a_cluster_that_is_too_small_is_refused(train: TrainConfig, found: Capac
 @pytest.mark.parametrize(
     ("nodes", "said"),
     [
-        ([], "there is no GPU to train on with the label A100, and no other"),
+        ([], "there is no GPU to train on with the label A100, and none of another label"),
         ([Node("a", 8, 2, 64, "H200")], "GPUs of another label: 2 x H200. Where .* train.accelerators=\\[H200\\]"),
         ([Node("a", 8, 2, 64, None)], "2 x no label. .*accelerator-type=A100, or train.accelerators=\\[\\]"),
     ],

@@ -106,7 +106,7 @@ def test_without_a_store_it_is_said_where_the_job_writes(cluster: Cluster, said:
         (Job("j1", "SUCCEEDED", "", "", 0, 1.0, 2.0), 0, ""),
         (Job("j1", "FAILED", "", "", 4, 1.0, 2.0), 4, ""),
         (Job("j1", "FAILED", "", "no python", None, None, 2.0), 1, "job j1 did not begin: no python"),
-        (Job("j1", "STOPPED", "", "", None, 1.0, 2.0), 1, "job j1 was stopped"),
+        (Job("j1", "STOPPED", "", "", None, 1.0, 2.0), 130, "job j1 was stopped"),
     ],
 )
 @pytest.mark.parametrize("words", [("submit", "--", "eval", "x"), ("jobs", "logs", "j1", "--follow")])

@@ -117,7 +117,7 @@ def details(status: str, code: int | None = None, message: str = "") -> Any:
         ("FAILED", 6, 6),
         ("FAILED", -9, 137),
         ("FAILED", None, 1),
-        ("STOPPED", None, 1),
+        ("STOPPED", None, 130),
     ],
 )
 def test_the_exit_code_of_a_job_is_that_of_its_command(status: str, code: int | None, expected: int | None) -> None:
