@@ -68,17 +68,16 @@ def train_with_ray(recipe: Recipe, training: Run, store: Path, on_epoch: OnEpoch
 
     training.stop.unlink(missing_ok=True)
     record = Reader(training.events)
+    most, use_gpu = room(recipe)  # once: after a loss there may be too little room for a while, which is waited for
     failures, standing = 0, checkpoints(training)
     while True:
-        error = _attempt(recipe, training, store, record, on_epoch)
+        error = _attempt(recipe, training, store, most, use_gpu, record, on_epoch)
         if error is None:
             return
         told = _explained(error, training)
         if isinstance(told, StoppedError) and not training.stop.exists():
             continue  # a machine is to be taken away, and Ray gives it no new work
-        final = isinstance(told, SetwiseError) and not isinstance(
-            told, LeaseHeldError
-        )  # which a dying process may hold
+        final = isinstance(told, SetwiseError) and not isinstance(told, LeaseHeldError)  # a dying process may hold it
         if final or not isinstance(error, WorkerGroupError | RayActorError):
             raise told from error
         before, standing = standing, checkpoints(training)
@@ -88,13 +87,18 @@ def train_with_ray(recipe: Recipe, training: Run, store: Path, on_epoch: OnEpoch
 
 
 def _attempt(
-    recipe: Recipe, training: Run, store: Path, record: Reader, on_epoch: OnEpoch | None
+    recipe: Recipe,
+    training: Run,
+    store: Path,
+    most: int,
+    use_gpu: bool,
+    record: Reader,
+    on_epoch: OnEpoch | None,
 ) -> BaseException | None:
     """One group of workers, to the training's end or to its own: what it ended of."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    most, use_gpu = room(recipe)
     least = min(recipe.train.min_workers or most, most)
     attempts = training.folder / "ray"
     attempt = f"attempt_{len(list(attempts.glob('*'))) if attempts.exists() else 0:03d}"

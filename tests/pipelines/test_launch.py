@@ -213,6 +213,7 @@ def test_deaths_without_progress_are_counted_whatever_the_machine_records_meanwh
             (training.steps / "epoch_0000_step_000500").mkdir(parents=True)
         return RayActorError()
 
+    monkeypatch.setattr(worker_group, "room", lambda recipe: (1, False))
     monkeypatch.setattr(worker_group, "_attempt", dies)
     with pytest.raises(RayActorError):
         worker_group.train_with_ray(settings, training, store)
