@@ -104,9 +104,9 @@ def _workers_of_train(marker: str) -> list[int]:
 def test_a_killed_worker_is_replaced_and_the_run_ends_on_the_same_numbers(store: Path) -> None:
     import threading
 
-    settings, undisturbed = start(store, "undisturbed", 2, "train.epochs=6")
+    settings, undisturbed = start(store, "two-undisturbed", 2, "train.epochs=6")
     worker_group.train_with_ray(settings, undisturbed, store)
-    settings, training = start(store, "disturbed", 2, "train.epochs=6")
+    settings, training = start(store, "two-disturbed", 2, "train.epochs=6")
     killed: list[int] = []
 
     def kill_one() -> None:

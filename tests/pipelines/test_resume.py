@@ -78,7 +78,7 @@ def test_stopped_after_any_step_it_goes_on_with_the_next(
     store: Path, through: tuple[Recipe, Run, list[dict[str, float]]], steps: int
 ) -> None:
     settings, whole, expected = through
-    training = start(store, f"stopped-{steps}", settings)
+    training = start(store, f"after-{steps}", settings)
     with pytest.raises(StoppedError, match=f"epoch {(steps - 1) // STEPS + 1}, after step"):
         train_run(store, training, settings, notice=after(steps))
     done = (steps - 1) // STEPS
