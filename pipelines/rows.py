@@ -9,7 +9,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -125,7 +124,9 @@ class Rows(Sequence[Row]):
         first = min((str(row.path) for row in rows), default="")
         last = max((str(row.path) for row in rows), default="")
         # In order, what the first and the last begin with, all begin with.
-        prefix = first[: sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(first, last, strict=False)))]
+        prefix = first
+        while not last.startswith(prefix):
+            prefix = prefix[:-1]
         names, captions = Texts.none(), Texts.none()
         image_ids, places, first_caption, caption_ids = array("q"), array("q"), array("q", [0]), array("q")
         splits = array("b")
