@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from servers import BUCKET, S3Server, s3_server
 from setwise.pipelines import prepare, recipe
 from setwise.pipelines.digits import DigitsConfig
 from setwise.pipelines.prepare import DigitsPreparation, DigitsPrepareConfig
@@ -46,3 +47,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_recipe() -> Recipe:
     return recipe.load("digits_cnn_bigru", TINY_MODEL)
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A server that speaks S3, with one bucket."""
+    with s3_server(tmp_path_factory.mktemp("s3"), BUCKET) as started:
+        yield started

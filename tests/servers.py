@@ -84,6 +84,9 @@ def mlflow_server(folder: Path) -> Iterator[MlflowServer]:
         server.kill()
 
 
+BUCKET = "setwise-tests"
+
+
 class S3Server:
     """moto, which answers as S3 does, with what it holds in memory.
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from servers import S3Server, s3_server
+from servers import BUCKET, S3Server
 from setwise.pipelines import doctor, mirrored, prepare
 from setwise.pipelines.digits import DigitsConfig
 from setwise.pipelines.prepare import DigitsPreparation, DigitsPrepareConfig
@@ -20,26 +19,19 @@ from setwise.platform.run_mirror import Uploader
 from setwise.platform.tracking import Tracker
 from trainings import KilledError, digest, start, train_run, without_time
 
-BUCKET = "setwise-tests"
 NAME = "data/digits/prepared"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with s3_server(tmp_path_factory.mktemp("s3"), BUCKET) as started:
-        yield started
-
-
 @pytest.fixture(params=["s3", "file"])
-def address(request: pytest.FixtureRequest, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def address(request: pytest.FixtureRequest, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The address of an empty mirror, which is set."""
-    place = server.address(f"{BUCKET}/{tmp_path.name}") if request.param == "s3" else (tmp_path / "far").as_uri()
-    point_to(place, server, monkeypatch)
+    place = s3.address(f"{BUCKET}/{tmp_path.name}") if request.param == "s3" else (tmp_path / "far").as_uri()
+    point_to(place, s3, monkeypatch)
     return place
 
 
-def point_to(address: str, server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in server.keys.items():
+def point_to(address: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3.keys.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SETWISE_MIRROR", address)
 
@@ -148,7 +140,7 @@ def test_a_training_that_lost_its_store_ends_with_the_numbers_of_one_that_did_no
 
 
 def test_the_doctor_looks_at_a_mirror_and_fetches_nothing(
-    store: Path, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Path, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def look() -> doctor.Check | None:
         found = {check.name: check for check in doctor.examine(tmp_path, Tracker(tmp_path))}
@@ -157,12 +149,12 @@ def test_the_doctor_looks_at_a_mirror_and_fetches_nothing(
 
     monkeypatch.delenv("SETWISE_MIRROR", raising=False)
     assert look() is None
-    point_to(server.address(f"{BUCKET}/doctor"), server, monkeypatch)
+    point_to(s3.address(f"{BUCKET}/doctor"), s3, monkeypatch)
     send(store)
     assert look() == doctor.Check("mirror", True, f"s3://{BUCKET}/doctor")
-    point_to(server.address("nowhere"), server, monkeypatch)
+    point_to(s3.address("nowhere"), s3, monkeypatch)
     missing = look()
     assert missing is not None and not missing.ok and "no such bucket" in missing.found
-    point_to("s3://a:b@c", server, monkeypatch)
+    point_to("s3://a:b@c", s3, monkeypatch)
     refused = look()
     assert refused is not None and not refused.ok and "has credentials in it" in refused.found

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from servers import S3Server, killed_in_mid_upload, s3_server
+from servers import BUCKET, S3Server, killed_in_mid_upload, s3_server
 from setwise.platform import storage
 from setwise.platform.errors import ConfigError, DataError, UnreachableError
 from setwise.platform.mirror import UNFINISHED, Mirror, open_mirror
 
-BUCKET = "setwise-tests"
 MANIFEST = "manifest.json"
 NAME = "data/pictures/prepared"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with s3_server(tmp_path_factory.mktemp("s3"), BUCKET) as started:
-        yield started
-
-
 @pytest.fixture(params=["s3", "file"])
-def mirror(request: pytest.FixtureRequest, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mirror:
+def mirror(request: pytest.FixtureRequest, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mirror:
     """Empty, of the store `tmp_path / "store"`."""
-    for name, value in server.keys.items():
+    for name, value in s3.keys.items():
         monkeypatch.setenv(name, value)
-    address = server.address(f"{BUCKET}/{tmp_path.name}") if request.param == "s3" else (tmp_path / "far").as_uri()
+    address = s3.address(f"{BUCKET}/{tmp_path.name}") if request.param == "s3" else (tmp_path / "far").as_uri()
     monkeypatch.setenv("SETWISE_MIRROR", address)
     opened = open_mirror(tmp_path / "store")
     assert opened is not None
@@ -155,31 +147,31 @@ def test_a_check_leaves_nothing_behind(mirror: Mirror) -> None:
 
 
 def test_an_object_whose_name_leads_out_of_its_folder_is_refused(
-    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in server.keys.items():
+    for name, value in s3.keys.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("SETWISE_MIRROR", server.address(f"{BUCKET}/evil"))
+    monkeypatch.setenv("SETWISE_MIRROR", s3.address(f"{BUCKET}/evil"))
     mirror = open_mirror(tmp_path / "store")
     assert mirror is not None
     for key in (MANIFEST, "../../../../outside"):
-        server.client().put_object(Bucket=BUCKET, Key=f"evil/{NAME}/{key}", Body=b"{}")
+        s3.client().put_object(Bucket=BUCKET, Key=f"evil/{NAME}/{key}", Body=b"{}")
     with pytest.raises(DataError, match="leads out of its folder"):
         mirror.pull(NAME, MANIFEST, accept)
     assert not list(tmp_path.glob("**/outside"))
 
 
 def test_a_bucket_that_is_not_there_is_named_and_not_made(
-    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in server.keys.items():
+    for name, value in s3.keys.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("SETWISE_MIRROR", server.address("no-such-bucket/prefix"))
+    monkeypatch.setenv("SETWISE_MIRROR", s3.address("no-such-bucket/prefix"))
     mirror = open_mirror(tmp_path)
     assert mirror is not None
     with pytest.raises(UnreachableError, match="s3://no-such-bucket/prefix: there is no such bucket"):
         mirror.check()
-    assert [one["Name"] for one in server.client().list_buckets()["Buckets"]] == [BUCKET]
+    assert [one["Name"] for one in s3.client().list_buckets()["Buckets"]] == [BUCKET]
 
 
 def test_wrong_credentials_are_said_to_be_wrong_and_right_ones_are_not(
@@ -201,7 +193,7 @@ def test_wrong_credentials_are_said_to_be_wrong_and_right_ones_are_not(
 
 
 def test_a_server_that_is_not_there_is_said_to_be_away(
-    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone = S3Server(tmp_path)
     for name, value in gone.keys.items():
@@ -212,7 +204,7 @@ def test_a_server_that_is_not_there_is_said_to_be_away(
     assert mirror is not None
     with pytest.raises(UnreachableError, match="it does not answer"):
         mirror.read("anything")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server.host}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{s3.host}")
     mirror = open_mirror(tmp_path)
     assert mirror is not None
     mirror.check()

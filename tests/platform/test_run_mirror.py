@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from commands import wait_for
-from servers import S3Server, killed_in_mid_upload, s3_server
+from servers import BUCKET, S3Server, killed_in_mid_upload
 from setwise.platform import checkpoint, run, run_mirror, storage
 from setwise.platform.errors import ConfigError, DataError, UnreachableError
 from setwise.platform.mirror import Mirror, open_mirror
@@ -18,24 +17,17 @@ from setwise.platform.outbox import Outbox
 from setwise.platform.run import Run
 from setwise.platform.run_mirror import RunMirror, Uploader
 
-BUCKET = "setwise-tests"
 CONFIG = "train:\n  epochs: 3\n"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with s3_server(tmp_path_factory.mktemp("s3"), BUCKET) as started:
-        yield started
-
-
 @pytest.fixture(params=["s3", "file"])
-def mirror(request: pytest.FixtureRequest, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mirror:
-    address = server.address(f"{BUCKET}/{tmp_path.name}") if request.param == "s3" else (tmp_path / "far").as_uri()
-    return mirror_at(address, server, tmp_path / "store", monkeypatch)
+def mirror(request: pytest.FixtureRequest, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mirror:
+    address = s3.address(f"{BUCKET}/{tmp_path.name}") if request.param == "s3" else (tmp_path / "far").as_uri()
+    return mirror_at(address, s3, tmp_path / "store", monkeypatch)
 
 
-def mirror_at(address: str, server: S3Server, store: Path, monkeypatch: pytest.MonkeyPatch) -> Mirror:
-    for name, value in server.keys.items():
+def mirror_at(address: str, s3: S3Server, store: Path, monkeypatch: pytest.MonkeyPatch) -> Mirror:
+    for name, value in s3.keys.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SETWISE_MIRROR", address)
     opened = open_mirror(store)
@@ -211,8 +203,8 @@ def test_a_training_without_a_mirror_sends_nothing(tmp_path: Path) -> None:
 def test_a_mirror_that_is_away_stops_nothing_and_gets_later_what_it_missed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = S3Server(tmp_path)
-    mirror = mirror_at(server.address(BUCKET), server, tmp_path / "store", monkeypatch)
+    s3 = S3Server(tmp_path)
+    mirror = mirror_at(s3.address(BUCKET), s3, tmp_path / "store", monkeypatch)
     training = begin(mirror.store)
     assert run_mirror.restore(training, mirror.store) is None, "nothing was trained before, as far as is known here"
     uploader = Uploader(mirror, training)
@@ -226,13 +218,13 @@ def test_a_mirror_that_is_away_stops_nothing_and_gets_later_what_it_missed(
     assert longest < 0.5
     assert caplog.text.count("The training goes on") == 1, "said once"
     try:
-        server.start(BUCKET)
+        s3.start(BUCKET)
         publish(training, "checkpoints/epoch_0004", 4.0)
         uploader.publish()
         wait_for(lambda: len(whole(mirror)) == 4, "all was sent", 60)
         uploader.close()
     finally:
-        server.kill()
+        s3.kill()
     assert "has all of run 'mine' again" in caplog.text
     assert "not all of run" not in caplog.text
 
@@ -240,8 +232,8 @@ def test_a_mirror_that_is_away_stops_nothing_and_gets_later_what_it_missed(
 def test_what_is_not_sent_at_the_end_is_said_and_does_not_hold_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = S3Server(tmp_path)
-    mirror = mirror_at(server.address(BUCKET), server, tmp_path / "store", monkeypatch)
+    s3 = S3Server(tmp_path)
+    mirror = mirror_at(s3.address(BUCKET), s3, tmp_path / "store", monkeypatch)
     training = begin(mirror.store)
     publish(training, "checkpoints/epoch_0001", 1.0)
     uploader = Uploader(mirror, training)
@@ -254,8 +246,8 @@ def test_what_is_not_sent_at_the_end_is_said_and_does_not_hold_the_training(
 def test_a_run_that_was_trained_before_does_not_begin_from_nothing_while_its_mirror_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = S3Server(tmp_path)
-    store = mirror_at(server.address(BUCKET), server, tmp_path / "store", monkeypatch).store
+    s3 = S3Server(tmp_path)
+    store = mirror_at(s3.address(BUCKET), s3, tmp_path / "store", monkeypatch).store
     with pytest.raises(UnreachableError, match="not known whether run 'mine' was begun elsewhere"):
         run_mirror.restore_record(Run(store / "runs" / "mine"), store, CONFIG)
     training = begin(store)
