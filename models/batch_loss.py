@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from setwise.models import losses
-from setwise.models.config import LossConfig, Negatives
+from setwise.models.config import Negatives, TripletConfig
 from setwise.models.set_prediction import SetEmbedding
 from setwise.models.similarity import Similarity
 
@@ -41,7 +41,7 @@ def batch_loss(
     texts: SetEmbedding,
     owners: Tensor,
     similarity: Similarity,
-    config: LossConfig,
+    config: TripletConfig,
     negatives: Negatives,
 ) -> LossParts:
     """The whole loss of one batch, by parts: triplet loss of the similarities, MMD of the sets, diversity of the slots.
@@ -67,7 +67,8 @@ def batch_loss(
     if not len(images.sets) or not len(texts.sets):
         raise ValueError(f"{len(images.sets)} images and {len(texts.sets)} captions: there is nothing to compare")
     parameters = [parameter for parameter in similarity.parameters() if parameter.requires_grad]
-    inputs = (images.sets, texts.sets, images.slots, texts.slots, *parameters)
+    slots_of_sides = (images.slots, texts.slots) if config.diversity_weight else ()
+    inputs = (images.sets, texts.sets, *slots_of_sides, *parameters)
     differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     with torch.no_grad(), torch.autocast(owners.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(images.sets.dtype, texts.sets.dtype), torch.float32)
@@ -78,15 +79,15 @@ def batch_loss(
             comparison.kernel_within(side)
             side.gradient_rows.addcmul_(side.along[:, None], side.rows)
         diversity, of_slots = torch.zeros_like(i2t), []
-        for slots in (images.slots, texts.slots) if config.diversity_weight else ():
-            closeness, gradient = losses.diversity_with_gradient(slots.to(dtype))
+        for slots in slots_of_sides:
+            closeness, gradient = losses.diversity_with_gradient(slots.to(dtype), config.diversity)
             diversity += closeness
             of_slots.append(gradient.mul_(config.diversity_weight))
         mmd = comparison.mmd
         total = i2t + t2i + config.mmd_weight * mmd + config.diversity_weight * diversity
     if differentiate:
         of_sets = (side.gradient for side in sides)
-        gradients = [*of_sets, *(of_slots or (None, None)), *comparison.parameter_gradients]
+        gradients = [*of_sets, *of_slots, *comparison.parameter_gradients]
         total = _WithGradients.apply(total, gradients, *inputs)
     return LossParts(i2t, t2i, mmd, diversity, total)
 
@@ -95,7 +96,7 @@ class _WithGradients(torch.autograd.Function):
     """A scalar whose gradients are known already."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
         ctx.gradients = gradients
         ctx.dtypes = [x.dtype for x in inputs]
         return value.clone()
@@ -106,8 +107,8 @@ class _WithGradients(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradients of batch_loss were handed over already: compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place: copies would double the memory
-        scaled = (None if gradient is None else gradient.mul_(scale) for gradient in gradients)
-        return None, None, *(x if x is None else x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True))
+        scaled = (gradient.mul_(scale) for gradient in gradients)
+        return None, None, *(x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True))
 
 
 class _Side:
@@ -135,7 +136,7 @@ class _Comparison:
         texts: _Side,
         similarity: Similarity,
         parameters: list[nn.Parameter],
-        config: LossConfig,
+        config: TripletConfig,
         differentiate: bool,
     ) -> None:
         self.images, self.texts, self.similarity, self.config = images, texts, similarity, config

@@ -4,28 +4,33 @@ Nothing here imports torch, so that a recipe can be checked in well under two se
 values of the authors' script (COCO, region features) wherever it has one.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positions = Literal["none", "sine", "learned"]
 Negatives = Literal["all", "hardest", "violating", "semi_hard"]
 Pooling = Literal["max", "mean"]
-Projection = Literal["mlp", "linear", "none"]
+Projection = Literal["mlp", "raw_mlp", "linear", "none"]
+Diversity = Literal["exponential", "gram"]
 
 
-class _Settings(BaseModel):
+class ModelSettings(BaseModel):
+    """Base of every settings class here: immutable, and a name it does not know is an error."""
+
     # protected_namespaces: pydantic would otherwise reserve every name that begins with `model_`.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
-class ConvNetConfig(_Settings):
+class ConvNetConfig(ModelSettings):
     """A small convolutional encoder, trained from scratch."""
 
     kind: Literal["cnn"]
     channels: tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...] = Field(
         (24, 48, 64, 96), min_length=2, description="width of each layer; the last is the width of the local features"
     )
+    cell: int = Field(2, ge=1, le=4, description="side of the square of positions whose maximum becomes one cell")
+    cell_drop: float = Field(0, ge=0, lt=1, description="share of cells left out in training")
 
     @property
     def title(self) -> str:
@@ -33,11 +38,13 @@ class ConvNetConfig(_Settings):
         return self.kind
 
 
-class ImageHeadConfig(_Settings):
+class ImageHeadConfig(ModelSettings):
     """How local features of a fixed width become what the slots read, and the global feature."""
 
     projection: Projection = Field(
-        "mlp", description="of local features: linear, linear with a residual MLP behind it, or none (as they come)"
+        "mlp",
+        description="of local features: linear; linear with a residual MLP behind it (mlp) or, as in VSE-infinity, "
+        "beside it (raw_mlp); or none (as they come)",
     )
     global_feature: Literal["projected", "linear"] = Field(
         "projected", description="pool the projected local features, or pool the raw ones and project the result"
@@ -52,7 +59,7 @@ class ImageHeadConfig(_Settings):
         return self
 
 
-class RegionsConfig(_Settings):
+class RegionsConfig(ModelSettings):
     """Region features of the bottom-up-attention detector ("BUTD"), computed beforehand."""
 
     kind: Literal["butd"]
@@ -65,7 +72,7 @@ class RegionsConfig(_Settings):
         return self.kind
 
 
-class GridConfig(_Settings):
+class GridConfig(ModelSettings):
     """The last feature map of a torchvision network, one local feature a cell."""
 
     kind: Literal["grid"]
@@ -78,6 +85,7 @@ class GridConfig(_Settings):
     frozen_batch_norm: bool = Field(
         True, description="normalise by the statistics that came with the weights, not by the batch's"
     )
+    cell_drop: float = Field(0, ge=0, lt=1, description="share of cells left out in training")
     head: ImageHeadConfig = ImageHeadConfig()
 
     @property
@@ -85,7 +93,7 @@ class GridConfig(_Settings):
         return self.architecture.partition("_")[0]
 
 
-class BiGRUConfig(_Settings):
+class BiGRUConfig(ModelSettings):
     """Word embeddings read in both directions."""
 
     kind: Literal["bigru"]
@@ -107,7 +115,7 @@ class BiGRUConfig(_Settings):
         return self.kind
 
 
-class BertConfig(_Settings):
+class BertConfig(ModelSettings):
     """BERT; its sizes are those of `bert-base-uncased`."""
 
     kind: Literal["bert"]
@@ -133,13 +141,34 @@ class BertConfig(_Settings):
         return self.kind
 
 
+class WordMeanConfig(ModelSettings):
+    """The mean of word vectors that do not learn (DeViSE's label vectors, for captions)."""
+
+    kind: Literal["word_mean"]
+    word_vectors: str = Field(
+        "captions", description="text file of vectors in GloVe's form, or 'captions': made from the training captions"
+    )
+
+    @property
+    def title(self) -> str:
+        return "words"
+
+
 ImageEncoderConfig = Annotated[ConvNetConfig | RegionsConfig | GridConfig, Field(discriminator="kind")]
-TextEncoderConfig = Annotated[BiGRUConfig | BertConfig, Field(discriminator="kind")]
+TextEncoderConfig = Annotated[BiGRUConfig | BertConfig | WordMeanConfig, Field(discriminator="kind")]
 
 
-class SetPredictionConfig(_Settings):
+def kind_if_none_is_named(values: Any, section: str, kind: str) -> Any:
+    """What was written before a section had kinds means the first of them."""
+    if isinstance(values, dict) and isinstance(inner := values.get(section), dict) and "kind" not in inner:
+        return {**values, section: {"kind": kind, **inner}}
+    return values
+
+
+class SetPredictionConfig(ModelSettings):
     """Slots that read an image or a caption and become its set of embeddings."""
 
+    kind: Literal["slots"] = "slots"
     num_slots: int = Field(4, ge=1, le=256, description="K, the size of the set")
     iterations: int = Field(4, ge=1, le=64, description="T, how often the slots read the input; weights are shared")
     heads: int = Field(4, ge=1, le=64, description="attention heads")
@@ -153,18 +182,104 @@ class SetPredictionConfig(_Settings):
     text_positions: Positions = Field("sine", description="position code of the keys of words")
 
 
-class ModelConfig(_Settings):
+class PIENetConfig(ModelSettings):
+    """PIE-Net of PVSE (Song and Soleymani, CVPR 2019): the global feature plus each of K attentions over local ones."""
+
+    kind: Literal["pie_net"]
+    num_slots: int = Field(2, ge=1, le=256, description="K, the size of the set")
+    dropout: float = Field(0, ge=0, lt=1, description="share of each attended vector dropped in training")
+
+
+class GPOConfig(ModelSettings):
+    """Generalised pooling operator of VSE-infinity (Chen et al., CVPR 2021): sorted features are weighted."""
+
+    kind: Literal["gpo"]
+    position_dim: int = Field(32, ge=2, le=1024, multiple_of=2, description="width of the code of a position")
+    hidden: int = Field(32, ge=1, le=1024, description="width of the GRU that turns positions into weights")
+    temperature: float = Field(0.1, gt=0, description="of the softmax over positions")
+
+    @property
+    def num_slots(self) -> int:
+        return 1
+
+
+class PooledConfig(ModelSettings):
+    """The global feature alone, as before sets (VSE++, Faghri et al., BMVC 2018)."""
+
+    kind: Literal["pooled"]
+
+    @property
+    def num_slots(self) -> int:
+        return 1
+
+
+class GaussianConfig(ModelSettings):
+    """A normal distribution for each item: PCME (Chun et al., CVPR 2021) and PCME++ (Chun, ICLR 2024)."""
+
+    kind: Literal["gaussian"]
+    pooling: Literal["pie_net", "gpo"] = Field("pie_net", description="of mean and variance: PCME's, or PCME++'s")
+    samples: int = Field(
+        7, ge=0, le=256, description="J, drawn of each item; 0: none, mean and variance are compared in closed form"
+    )
+    initial_log_sigma: float = Field(
+        0, ge=-20, le=20, description="logarithm of the standard deviations that training begins with, about"
+    )
+
+    @property
+    def num_slots(self) -> int:
+        return max(self.samples, 1)
+
+
+class WordSpaceConfig(ModelSettings):
+    """One linear map of the image into the space of word vectors (DeViSE, Frome et al., NeurIPS 2013)."""
+
+    kind: Literal["word_space"]
+
+    @property
+    def num_slots(self) -> int:
+        return 1
+
+
+class FragmentsConfig(ModelSettings):
+    """No pooling: regions or cells, and words, as they are, to be compared by cross-attention."""
+
+    kind: Literal["fragments"]
+    max_words: int = Field(32, ge=1, le=512, description="words of a caption that take part; the rest is left out")
+
+    @property
+    def num_slots(self) -> int:
+        return self.max_words
+
+
+SetsConfig = Annotated[
+    SetPredictionConfig | PIENetConfig | GPOConfig | PooledConfig | GaussianConfig | WordSpaceConfig | FragmentsConfig,
+    Field(discriminator="kind"),
+]
+
+
+class ModelConfig(ModelSettings):
     """Two encoders and the set prediction that both feed (its settings are shared, its weights are not)."""
 
+    kind: Literal["retriever"] = "retriever"
     embed_size: int = Field(1024, ge=2, le=65536, description="D, the width of an embedding")
     image_encoder: ImageEncoderConfig
     text_encoder: TextEncoderConfig
-    set_prediction: SetPredictionConfig = SetPredictionConfig()
+    set_prediction: SetsConfig = SetPredictionConfig()
 
     padding: Literal["exact", "official"] = Field(
         "exact",
         description="exact: padding has no influence; official: as in the authors' code, for weights trained with it",
     )
+
+    @property
+    def title(self) -> str:
+        """The encoders' part of a recipe's name."""
+        return f"{self.image_encoder.title}_{self.text_encoder.title}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _slots_unless_named(cls, values: Any) -> Any:
+        return kind_if_none_is_named(values, "set_prediction", "slots")
 
     @property
     def image_local_dim(self) -> int:
@@ -184,7 +299,16 @@ class ModelConfig(_Settings):
 
     @model_validator(mode="after")
     def _widths_fit(self) -> Self:
+        concatenated = isinstance(self.text_encoder, BiGRUConfig) and self.text_encoder.directions == "concatenated"
+        if concatenated and self.embed_size % 2:
+            raise ValueError(f"directions='concatenated' needs an even embed_size, got {self.embed_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _positions_fit(self) -> Self:
         prediction, grid = self.set_prediction, not isinstance(self.image_encoder, RegionsConfig)
+        if not isinstance(prediction, SetPredictionConfig):
+            return self
         if isinstance(self.image_encoder, RegionsConfig) and prediction.image_positions != "none":
             raise ValueError("regions come in no order: set set_prediction.image_positions='none'")
         if prediction.image_positions != "none" and self.image_local_dim % (4 if grid else 2):
@@ -194,30 +318,64 @@ class ModelConfig(_Settings):
             )
         if prediction.text_positions == "sine" and self.text_local_dim % 2:
             raise ValueError(f"text_positions='sine' needs text features of even width, got {self.text_local_dim}")
-        concatenated = isinstance(self.text_encoder, BiGRUConfig) and self.text_encoder.directions == "concatenated"
-        if concatenated and self.embed_size % 2:
-            raise ValueError(f"directions='concatenated' needs an even embed_size, got {self.embed_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _every_weight_learns(self) -> Self:
+        """What is read by nobody would get no gradient, and workers would wait for it."""
+        kind, text = self.set_prediction.kind, self.text_encoder
+        head = None if isinstance(self.image_encoder, ConvNetConfig) else self.image_encoder.head
+        local, pooled = kind in ("gpo", "fragments"), kind in ("pooled", "word_space")
+        if local and head is not None and (head.projection == "none" or head.global_feature == "linear"):
+            raise ValueError(
+                f"set_prediction.kind={kind} takes projected features and reads no global one: set the head's "
+                "global_feature='projected'"
+            )
+        if local and isinstance(text, BiGRUConfig) and text.local_features == "words":
+            raise ValueError(f"set_prediction.kind={kind} takes states: set text_encoder.local_features='states'")
+        if pooled and head is not None and head.global_feature == "linear" and head.projection != "none":
+            raise ValueError(
+                f"set_prediction.kind={kind} reads the global feature alone: set the head's projection='none' or its "
+                "global_feature='projected'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _words_have_a_space(self) -> Self:
+        words = isinstance(self.text_encoder, WordMeanConfig)
+        if words != isinstance(self.set_prediction, WordSpaceConfig):
+            raise ValueError(
+                "text_encoder.kind=word_mean and set_prediction.kind=word_space go together: the image is mapped into "
+                "the space of the word vectors"
+            )
         return self
 
 
-class SimilarityConfig(_Settings):
+class SimilarityConfig(ModelSettings):
     """How two sets are compared."""
 
-    kind: Literal["smooth_chamfer", "chamfer", "mil", "match_probability", "cosine", "pcme"] = Field(
+    kind: Literal[
+        "smooth_chamfer", "chamfer", "mil", "match_probability", "cosine", "pcme", "csd", "cross_attention"
+    ] = Field(
         "smooth_chamfer",
         description="the paper's, its limit, the best pair (PVSE), the mean probability of cosines, the mean cosine, "
-        "or the mean probability of distances (PCME)",
+        "the mean probability of distances (PCME), the closed form of their mean square (PCME++), or context-aware "
+        "attention between fragments (CAAN)",
     )
     alpha: float = Field(16, gt=0, le=1024, description="sharpness of smooth_chamfer; infinity would be chamfer")
 
 
-class LossConfig(_Settings):
+class TripletConfig(ModelSettings):
     """Triplet loss over the batch, plus two regularisers of the sets."""
 
+    kind: Literal["triplet"] = "triplet"
     margin: float = Field(0.2, ge=0, le=2, description="by how much a positive must beat a negative")
     mmd_weight: float = Field(0.01, ge=0, description="weight of the discrepancy between image and text embeddings")
     mmd_gamma: float = Field(0.5, gt=0, description="of the kernel exp(-gamma * distance), distance not squared")
     diversity_weight: float = Field(0.01, ge=0, description="weight of the closeness of slots of one set")
+    diversity: Diversity = Field(
+        "exponential", description="closeness: mean exp(-2 squared distance), or PVSE's norm of the Gram matrix"
+    )
     negatives: Negatives = Field(
         "hardest",
         description="in the triplet loss: the hardest; all; those that violate the margin; semi_hard, these cut at it",
@@ -229,3 +387,33 @@ class LossConfig(_Settings):
     def negatives_at(self, epoch: float) -> Negatives:
         """Which negatives the triplet loss takes `epoch` epochs (fractions count) into training."""
         return "all" if epoch < self.all_negatives_epochs else self.negatives
+
+
+class SoftContrastiveConfig(ModelSettings):
+    """PCME's loss: -log match probability of matching pairs, -log of its complement of all others, and KL."""
+
+    kind: Literal["soft_contrastive"]
+    kl_weight: float = Field(1e-5, ge=0, description="weight of KL(distribution || N(0, I)), the bottleneck")
+    uniformity_weight: float = Field(0, ge=0, description="weight of the closeness of samples of different items")
+
+
+class MatchingConfig(ModelSettings):
+    """PCME++'s loss: binary cross-entropy of every pair's match, pseudo-positives and KL."""
+
+    kind: Literal["matching"]
+    pseudo_positive_weight: float = Field(
+        0.1, ge=0, description="weight of the same with pairs taken for positive that are nearer than the true one"
+    )
+    kl_weight: float = Field(1e-4, ge=0, description="weight of KL(distribution || N(0, I)), the bottleneck")
+
+
+class HingeRankConfig(ModelSettings):
+    """DeViSE's loss: an image's own caption is to beat every other by the margin; the sum over the others."""
+
+    kind: Literal["hinge_rank"]
+    margin: float = Field(0.1, ge=0, le=2, description="by how much the own caption must beat another")
+
+
+LossConfig = Annotated[
+    TripletConfig | SoftContrastiveConfig | MatchingConfig | HingeRankConfig, Field(discriminator="kind")
+]

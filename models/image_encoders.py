@@ -14,13 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from setwise.models.config import ConvNetConfig, GridConfig, RegionsConfig
 from setwise.models.dropout import sample_uniform
-from setwise.models.image_head import ImageHead
+from setwise.models.image_head import ImageHead, pool
 from setwise.models.set_prediction import Features, padding_after, sine_code_2d
 
 GROUPS = 8
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-REGION_DROP = zlib.crc32(b"region_drop")
+LEFT_OUT = zlib.crc32(b"region_drop")
+"""Salt of what decides which regions or cells are left out in training."""
 
 
 def image_encoder(config: ConvNetConfig | RegionsConfig | GridConfig, embed_size: int) -> nn.Module:
@@ -37,6 +38,17 @@ def image_encoder(config: ConvNetConfig | RegionsConfig | GridConfig, embed_size
             return Grid(config, embed_size)
 
 
+def with_left_out(is_padding: Tensor | None, x: Tensor, keys: Tensor | None, share: float) -> Tensor:
+    """Padding (B,N) bool of local features `x` (B,N,F), of which each is left out with probability `share` besides, as
+    its sample's key says. A sample that would lose all it has keeps all."""
+    batch, num, device = *x.shape[:2], x.device
+    chance_BN = torch.rand(batch, num, device=device) if keys is None else sample_uniform(keys, (num,), LEFT_OUT)
+    if is_padding is None:
+        is_padding = torch.zeros(batch, num, dtype=torch.bool, device=device)
+    left_out_BN = is_padding | (chance_BN < share)
+    return torch.where(left_out_BN.all(1, keepdim=True), is_padding, left_out_BN)
+
+
 def conv_norm_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[nn.Module]:
     """GroupNorm, not BatchNorm: an image's features do not depend on its batch, so that any number of workers gives
     the same result, training and evaluation compute the same function, and nothing needs synchronising."""
@@ -51,25 +63,28 @@ class ConvNet(nn.Module):
     """A small convolutional network for small images, trained from scratch: 64x64 pixels become 8x8 local features.
 
     The first two layers halve height and width, and the third keeps a quarter of the resolution, at which strokes of a
-    few pixels can still be told apart; then the maximum over 2x2 cells leaves as few local features as slots can read
-    cheaply, and the other layers work on those. As in the paper, each cell is then projected to the width of an
-    embedding, which is `local_dim`.
+    few pixels can still be told apart; then the maximum over squares of `cell` positions leaves as few local features
+    as slots can read cheaply, and the other layers work on those. As in the paper, each cell is then projected to the
+    width of an embedding, which is `local_dim`.
 
     A caption speaks of places, and slot attention's position code enters keys only, so a slot could look at a place
     without being able to say which. A position code is therefore added to the features themselves, ahead of a layer
     that can tie what is seen to where.
+
+    In training, each cell is left out with probability `cell_drop`, as `Regions` leaves out regions.
     """
 
     def __init__(self, config: ConvNetConfig, embed_size: int) -> None:
         super().__init__()
         self.local_dim = embed_size
+        self.cell_drop = config.cell_drop
         layers: list[nn.Module] = []
         width = 3
         for depth, channels in enumerate(config.channels):
             layers += conv_norm_relu(width, channels, kernel=5 if depth == 0 else 3, stride=2 if depth < 2 else 1)
             width = channels
             if depth == min(2, len(config.channels) - 1):
-                layers.append(nn.MaxPool2d(2))
+                layers.append(nn.MaxPool2d(config.cell))
         self.layers = nn.Sequential(*layers)
         self.place = nn.Linear(width, width)
         self.project = nn.Linear(width, embed_size)
@@ -78,10 +93,10 @@ class ConvNet(nn.Module):
         )
 
     def forward(self, images: Tensor, lengths: Tensor | None = None, keys: Tensor | None = None) -> Features:
-        """`images` (B,3,H,W): uint8 0..255, or floats already normalised. N = H/8 * W/8, row by row.
+        """`images` (B,3,H,W): uint8 0..255, or floats already normalised. N = H/8 * W/8 where `cell` is 2, row by row.
 
-        uint8 is normalised here, so that a batch stays a quarter of the size until it is on the device. Nothing is
-        random, so `keys` decide nothing. Raises ValueError for `lengths`: a grid has no padding.
+        uint8 is normalised here, so that a batch stays a quarter of the size until it is on the device. `keys` (B,)
+        int64 decide which cells are left out in training. Raises ValueError for `lengths`: a grid has no padding.
         """
         if lengths is not None:
             raise ValueError("a grid of pixels has no padding: call the convolutional encoder without lengths")
@@ -93,8 +108,11 @@ class ConvNet(nn.Module):
         code_NX = self.place(sine_code_2d(rows, columns, seen_BNX.shape[-1], x.device).to(dtype))
         projected_BND = self.project(seen_BNX + code_NX)
         local_BND = projected_BND + self.refine(projected_BND)
+        is_padding_BN = None
+        if self.training and self.cell_drop > 0:
+            is_padding_BN = with_left_out(None, local_BND, keys, self.cell_drop)
         # The maximum, as in the paper's setting for regions: something is in the picture if it is anywhere in it.
-        return Features(local_BND, local_BND.amax(1), grid=(rows, columns))
+        return Features(local_BND, pool(local_BND, is_padding_BN, "max"), is_padding_BN, grid=(rows, columns))
 
 
 class Regions(nn.Module):
@@ -127,17 +145,9 @@ class Regions(nn.Module):
         num = features.shape[1]
         is_padding_BN = None if lengths is None else padding_after(lengths, num, features.device)
         if self.training and self.region_drop > 0:
-            is_padding_BN = self._with_dropped(is_padding_BN, keys, features)
+            is_padding_BN = with_left_out(is_padding_BN, features, keys, self.region_drop)
         local_BNX, pooled_BD = self.head(features, is_padding_BN, keys)
         return Features(local_BNX, pooled_BD, is_padding_BN, grid)
-
-    def _with_dropped(self, is_padding_BN: Tensor | None, keys: Tensor | None, features_BNF: Tensor) -> Tensor:
-        batch, num, device = *features_BNF.shape[:2], features_BNF.device
-        chance_BN = torch.rand(batch, num, device=device) if keys is None else sample_uniform(keys, (num,), REGION_DROP)
-        if is_padding_BN is None:
-            is_padding_BN = torch.zeros(batch, num, dtype=torch.bool, device=device)
-        left_out_BN = is_padding_BN | (chance_BN < self.region_drop)
-        return torch.where(left_out_BN.all(1, keepdim=True), is_padding_BN, left_out_BN)
 
 
 class Backbone(nn.Sequential):
@@ -173,12 +183,14 @@ class Grid(nn.Module):
     """The last feature map of a network trained on ImageNet, one local feature a cell, through an `ImageHead`.
 
     With `frozen_batch_norm` the backbone always normalises by the statistics that came with its weights, in training
-    too; scales and shifts of its batch normalisations learn on.
+    too; scales and shifts of its batch normalisations learn on. In training, each cell is left out with probability
+    `cell_drop`, as `Regions` leaves out regions.
     """
 
     def __init__(self, config: GridConfig, embed_size: int) -> None:
         super().__init__()
         self.frozen_batch_norm = config.frozen_batch_norm
+        self.cell_drop = config.cell_drop
         self.backbone = Backbone(config.architecture)
         self.head = ImageHead(config.head, self.backbone.width, embed_size)
         self.local_dim = self.head.local_dim
@@ -205,5 +217,8 @@ class Grid(nn.Module):
         map_BCHW = self.backbone(images) if images.shape[1] == 3 else images
         # In channels_last format these are the cells as they lie in memory, and nothing is copied.
         cells_BNC = map_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
-        local_BNX, pooled_BD = self.head(cells_BNC, None, keys)
-        return Features(local_BNX, pooled_BD, grid=(map_BCHW.shape[2], map_BCHW.shape[3]))
+        is_padding_BN = None
+        if self.training and self.cell_drop > 0:
+            is_padding_BN = with_left_out(None, cells_BNC, keys, self.cell_drop)
+        local_BNX, pooled_BD = self.head(cells_BNC, is_padding_BN, keys)
+        return Features(local_BNX, pooled_BD, is_padding_BN, (map_BCHW.shape[2], map_BCHW.shape[3]))

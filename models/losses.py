@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from setwise.models.config import Negatives
+from setwise.models.config import Diversity, Negatives
 
 
 def triplet(scores: Tensor, positives: Tensor, margin: float, hardest: bool) -> Tensor:
@@ -54,9 +54,24 @@ def _both_directions(scores_IT: Tensor, positives_IT: Tensor, margin: float, neg
 
 def _triplet(scores_QG: Tensor, positives_QG: Tensor, margin: float, negatives: Negatives) -> Tensor:
     query_P, gallery_P = positives_QG.nonzero(as_tuple=True)
-    negative_PG = ~positives_QG[query_P]
-    hinge_PG = F.relu(margin + scores_QG[query_P] - scores_QG[query_P, gallery_P].unsqueeze(1)) * negative_PG
-    pairs = max(len(query_P), 1)
+    own_P = scores_QG[query_P, gallery_P]
+    return _mean_cost(scores_QG[query_P], own_P, ~positives_QG[query_P], margin, negatives)
+
+
+def triplet_of_owners(scores: Tensor, owners: Tensor, margin: float, negatives: Negatives) -> tuple[Tensor, Tensor]:
+    """The triplet loss with any of the `negatives`, image-to-text and text-to-image apart, where every caption has one
+    positive: `owners` (T,) int64 are the images (rows of `scores`, (I,T)) they belong to. Waits for no device."""
+    scores_IT = _at_least_float32(scores)
+    every_I = torch.arange(len(scores), device=owners.device)
+    own_T = scores_IT.gather(0, owners[None])[0]
+    i2t = _mean_cost(scores_IT[owners], own_T, owners[:, None] != owners, margin, negatives)
+    return i2t, _mean_cost(scores_IT.T, own_T, owners[:, None] != every_I, margin, negatives)
+
+
+def _mean_cost(scores_PG: Tensor, own_P: Tensor, negative_PG: Tensor, margin: float, negatives: Negatives) -> Tensor:
+    """Of positive pairs that score `own_P`, against those of their query's gallery that are negatives."""
+    hinge_PG = F.relu(margin + scores_PG - own_P.unsqueeze(1)) * negative_PG
+    pairs = max(len(own_P), 1)
     match negatives:
         case "hardest":
             return hinge_PG.amax(1).sum() / pairs
@@ -99,6 +114,21 @@ def diversity(slots: Tensor) -> Tensor:
     first_P, second_P = torch.triu_indices(slots.shape[1], slots.shape[1], offset=1, device=slots.device)
     squared_BP = (slots_BKD[:, first_P] - slots_BKD[:, second_P]).square().sum(-1)
     return torch.exp(-2 * squared_BP).sum() / max(squared_BP.numel(), 1)
+
+
+def gram_diversity(slots: Tensor) -> Tensor:
+    """How close together the slots of one set lie, as PVSE measures it (Song and Soleymani, CVPR 2019): the Frobenius
+    norm of the cosines of different slots, over K squared, then the mean over the batch; 0 is orthogonal.
+
+    `slots` (B,K,D) of any length; they are normalised here. Each pair counts in both orders. A set without any cosine
+    but zero has no slope, so its gradient is 0. One slot has no pair and costs 0.
+    """
+    slots_BKD = F.normalize(_at_least_float32(slots), dim=-1)
+    size = slots.shape[1]
+    itself_KK = torch.eye(size, dtype=torch.bool, device=slots.device)
+    cosine_BKK = (slots_BKD @ slots_BKD.transpose(1, 2)).masked_fill(itself_KK, 0)
+    norm_B: Tensor = torch.linalg.vector_norm(cosine_BKK, dim=(1, 2))
+    return norm_B.sum() / (max(len(slots), 1) * size**2)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -200,19 +230,36 @@ def _slopes(hinge: Tensor) -> Tensor:
     return ~(hinge <= 0)
 
 
-def diversity_with_gradient(slots: Tensor) -> tuple[Tensor, Tensor]:
-    """`diversity` and its gradient (B,K,D), from the slots' Gram matrices: for unit vectors, exp(-2 * squared distance)
-    is exp(4 * cosine - 4)."""
-    samples, size, _ = slots.shape
-    pairs = max(samples * size * (size - 1) // 2, 1)
+def diversity_with_gradient(slots: Tensor, kind: Diversity = "exponential") -> tuple[Tensor, Tensor]:
+    """`diversity`, or `gram_diversity`, and its gradient (B,K,D), from the slots' Gram matrices."""
     gram_BKK = slots @ slots.transpose(1, 2)
     inverse_BK = gram_BKK.diagonal(dim1=1, dim2=2).sqrt().clamp(min=1e-12).reciprocal()
     inverse_BKK = inverse_BK[:, :, None] * inverse_BK[:, None]
     cosine_BKK = gram_BKK * inverse_BKK
-    close_BKK = torch.exp(4 * cosine_BKK - 4)
-    close_BKK.diagonal(dim1=1, dim2=2).zero_()
-    slope_BKK = (4 / pairs) * close_BKK
+    closeness, slope_BKK = (_exponential if kind == "exponential" else _gram)(cosine_BKK)
     # d(cosine) / d(slot i) is the direction of slot j, less its part along slot i.
     mixture_BKK = slope_BKK * inverse_BKK
     mixture_BKK.diagonal(dim1=1, dim2=2).copy_(-(slope_BKK * cosine_BKK).sum(2) * inverse_BK.square())
-    return close_BKK.sum() / (2 * pairs), mixture_BKK @ slots
+    return closeness, mixture_BKK @ slots
+
+
+def _exponential(cosine_BKK: Tensor) -> tuple[Tensor, Tensor]:
+    """`diversity` of the cosines, and twice its derivative by each, since each stands there in both orders: for unit
+    vectors, exp(-2 * squared distance) is exp(4 * cosine - 4)."""
+    samples, size, _ = cosine_BKK.shape
+    pairs = max(samples * size * (size - 1) // 2, 1)
+    close_BKK = torch.exp(4 * cosine_BKK - 4)
+    close_BKK.diagonal(dim1=1, dim2=2).zero_()
+    return close_BKK.sum() / (2 * pairs), (4 / pairs) * close_BKK
+
+
+def _gram(cosine_BKK: Tensor) -> tuple[Tensor, Tensor]:
+    """`gram_diversity` of the cosines, and twice its derivative by each, as in `_exponential`."""
+    samples, size, _ = cosine_BKK.shape
+    others_BKK = cosine_BKK.clone()
+    others_BKK.diagonal(dim1=1, dim2=2).zero_()
+    norm_B = torch.linalg.vector_norm(others_BKK, dim=(1, 2))
+    share = 1 / (max(samples, 1) * size**2)
+    # Where all cosines are zero, the derivative is too; a norm that is no number stays none.
+    slope_BKK = others_BKK * (2 * share / norm_B.masked_fill(norm_B == 0, 1))[:, None, None]
+    return norm_B.sum() * share, slope_BKK

@@ -9,12 +9,53 @@ from torch import Tensor, nn
 
 from setwise.models import official
 from setwise.models.batch_norm import has_batch_statistics
-from setwise.models.config import ModelConfig, Positions, RegionsConfig
+from setwise.models.config import (
+    FragmentsConfig,
+    GaussianConfig,
+    GPOConfig,
+    ModelConfig,
+    PIENetConfig,
+    PooledConfig,
+    Positions,
+    RegionsConfig,
+    SetPredictionConfig,
+    WordSpaceConfig,
+)
+from setwise.models.cross_attention import Fragments
+from setwise.models.devise import WordSpace
 from setwise.models.dropout import name_layers
+from setwise.models.gpo import GPO
 from setwise.models.image_encoders import Grid, image_encoder
 from setwise.models.micro_batches import in_micro_batches
+from setwise.models.pie_net import PIENet
+from setwise.models.pooled import Pooled
+from setwise.models.probabilistic import Gaussian
 from setwise.models.set_prediction import SetEmbedding, SetPrediction
 from setwise.models.text_encoders import text_encoder
+
+
+def set_prediction(config: ModelConfig, side: Literal["image", "text"]) -> nn.Module:
+    """What makes sets of one side's features, without weights. Whichever it is, it is called with Features, keys or
+    None, and whether attention is wanted, and returns a SetEmbedding."""
+    width, image = config.embed_size, side == "image"
+    local_dim = config.image_local_dim if image else config.text_local_dim
+    match config.set_prediction:
+        case SetPredictionConfig() as slots:
+            is_grid = image and not isinstance(config.image_encoder, RegionsConfig)
+            positions = slots.image_positions if image else slots.text_positions
+            return SetPrediction(slots, width, local_dim, positions, config.padding, grid=is_grid)
+        case PIENetConfig() as pie_net:
+            return PIENet(pie_net, width, local_dim)
+        case GPOConfig() as gpo:
+            return GPO(gpo, width, local_dim)
+        case PooledConfig():
+            return Pooled()
+        case GaussianConfig() as gaussian:
+            return Gaussian(gaussian, width, local_dim, side)
+        case WordSpaceConfig():
+            return WordSpace(width, side)
+        case FragmentsConfig() as fragments:
+            return Fragments(fragments, width, local_dim, side)
 
 
 class SetRetriever(nn.Module):
@@ -27,16 +68,10 @@ class SetRetriever(nn.Module):
     def __init__(self, config: ModelConfig, vocabulary_size: int) -> None:
         super().__init__()
         self.config = config
-        prediction, width = config.set_prediction, config.embed_size
+        width = config.embed_size
         self.image_encoder = image_encoder(config.image_encoder, width)
         self.text_encoder = text_encoder(config.text_encoder, vocabulary_size, width)
-        is_grid = not isinstance(config.image_encoder, RegionsConfig)
-        self.image_sets = SetPrediction(
-            prediction, width, config.image_local_dim, prediction.image_positions, config.padding, grid=is_grid
-        )
-        self.text_sets = SetPrediction(
-            prediction, width, config.text_local_dim, prediction.text_positions, config.padding
-        )
+        self.image_sets, self.text_sets = set_prediction(config, "image"), set_prediction(config, "text")
         name_layers(self)
 
     def encode_images(

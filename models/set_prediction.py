@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from setwise.models.config import Positions, SetPredictionConfig
-from setwise.models.dropout import sample_normal
-from setwise.models.slot_attention import Padding, SlotAttention
+from setwise.models.slot_attention import Padding, SlotAttention, draw_slots
 
 MAX_GRID, MAX_SEQUENCE = 50, 100
 """Sizes of the learned position tables, as in the authors' code: rows and columns, and positions in a row."""
@@ -36,13 +35,15 @@ class SetEmbedding(NamedTuple):
     """The sets of a batch, and how they came about."""
 
     sets: Tensor
-    """(B,K,D) unit vectors."""
+    """(B,K,D) unit vectors, but for probabilistic embeddings and the fragments of cross-attention."""
     slots: Tensor
     """(B,K,D) slots after the last layer normalisation, before the global feature is added; diversity reads them."""
     attention: tuple[Tensor, ...] = ()
     """(B,H,K,N) of each iteration, if asked for."""
     slot_iterations: tuple[Tensor, ...] = ()
     """(B,K,D) slots after each iteration, before the last layer normalisation, if attention is asked for."""
+    log_sigma: Tensor | None = None
+    """(B,1,D) logarithm of the standard deviation, of probabilistic embeddings, whose mean `slots` (B,1,D) are."""
 
 
 class SetPrediction(nn.Module):
@@ -117,14 +118,10 @@ class SetPrediction(nn.Module):
         """(B,K,D), or (1,K,D) where all samples begin with the same."""
         if not self.sampled:
             return self.slots[None]
-        noise = self.noise[None]
-        if self.training:
-            if keys is None:
-                noise = torch.randn(len(local), *noise.shape[1:], device=local.device)
-            else:
-                # Normal numbers take two salts; these two precede those of the block's dropout.
-                noise = sample_normal(keys, tuple(noise.shape[1:]), self.block.update_dropout.salt - 2)
-        return self.slots_mu + self.slots_log_sigma.exp() * noise.to(self.slots_mu.dtype)
+        drawn = (len(local), keys) if self.training else None
+        # Normal numbers take two salts; these two precede those of the block's dropout.
+        salt = self.block.update_dropout.salt - 2
+        return draw_slots(self.slots_mu, self.slots_log_sigma, self.noise, drawn, salt)
 
     def _position_code(self, features: Features) -> Tensor | None:
         if self.positions == "none":

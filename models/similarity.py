@@ -60,10 +60,24 @@ def sampled_match_probability(
 
     (I,K,D), (T,J,D), vectors of any length, to (I,T), in 0..1. At distance 0, where it has none, the gradient is 0.
     """
-    dot_IKTJ = _cosines(image_samples, text_samples)
-    image_IK, text_TJ = (x.to(dot_IKTJ.dtype).square().sum(-1) for x in (image_samples, text_samples))
-    squared_IKTJ = image_IK[:, :, None, None] + text_TJ - 2 * dot_IKTJ
-    return _sampled_match_probability(_root(squared_IKTJ), scale, shift)
+    return _sampled_match_probability(_root(_squared_distances(image_samples, text_samples)), scale, shift)
+
+
+def closed_form_match(image_sets: Tensor, text_sets: Tensor, scale: Tensor | float, shift: Tensor | float) -> Tensor:
+    """Logit of the match of two distributions (PCME++, Chun, ICLR 2024): mean over pairs of shift - scale * squared
+    distance, which is Euclidean.
+
+    (I,K,D), (T,J,D), vectors of any length, to (I,T), of any sign. Of the vectors that probabilistic.py makes of a mean
+    and a variance, the squared distance is the closed-form sampled distance of the two distributions.
+    """
+    return (shift - scale * _squared_distances(image_sets, text_sets)).mean((1, 3))
+
+
+def _squared_distances(images_IKD: Tensor, texts_TJD: Tensor) -> Tensor:
+    """(I,K,T,J), by their dot products: rounding may leave one below zero."""
+    dot_IKTJ = _cosines(images_IKD, texts_TJD)
+    image_IK, text_TJ = (x.to(dot_IKTJ.dtype).square().sum(-1) for x in (images_IKD, texts_TJD))
+    return image_IK[:, :, None, None] + text_TJ - 2 * dot_IKTJ
 
 
 def _smooth_chamfer(cosine_IKTJ: Tensor, alpha: float) -> Tensor:
@@ -97,22 +111,33 @@ def _root(squared: Tensor) -> Tensor:
 class Similarity(nn.Module):
     """The similarity a configuration names: the one place that picks it, for training and evaluation alike.
 
-    A module because the two match probabilities learn their scale and shift; the others have no parameters. That of
-    cosines starts at 1 and 0, where DivE's code starts too (and on a GPU stays, unregistered as its parameters are);
-    that of distances at 15 and 15, as in PCME's.
+    A module because the two match probabilities and the closed form learn their scale and shift; the others have no
+    parameters. That of cosines starts at 1 and 0, where DivE's code starts too (and on a GPU stays, unregistered as its
+    parameters are); that of distances at 15 and 15, as in PCME's, and the closed form at 5 and 5, as in PCME++'s.
     """
 
     def __init__(self, config: SimilarityConfig) -> None:
         super().__init__()
         self.config = config
-        if start := {"match_probability": (1.0, 0.0), "pcme": (15.0, 15.0)}.get(config.kind):
+        self.of_dot_products = config.kind != "cross_attention"
+        """Whether a pair's score is a function of the dot products of its vectors, and of their lengths."""
+        if start := {"match_probability": (1.0, 0.0), "pcme": (15.0, 15.0), "csd": (5.0, 5.0)}.get(config.kind):
             self.scale, self.shift = (nn.Parameter(torch.tensor(value)) for value in start)
 
     def forward(self, image_sets: Tensor, text_sets: Tensor) -> Tensor:
-        """(I,K,D) and (T,J,D), unit vectors unless the kind is `pcme`, to scores (I,T)."""
-        if self.config.kind == "pcme":
-            return sampled_match_probability(image_sets, text_sets, self.scale, self.shift)
-        return self.of_cosines(_cosines(image_sets, text_sets))
+        """(I,K,D) and (T,J,D), unit vectors unless the kind is `pcme` or `csd`, to scores (I,T)."""
+        match self.config.kind:
+            case "pcme":
+                return sampled_match_probability(image_sets, text_sets, self.scale, self.shift)
+            case "csd":
+                return closed_form_match(image_sets, text_sets, self.scale, self.shift)
+            case _:
+                return self.of_cosines(_cosines(image_sets, text_sets))
+
+    def pair_logits(self, image_sets: Tensor, text_sets: Tensor) -> Tensor:
+        """(I,K,D) and (T,J,D), vectors of any length, to (I,K,T,J): the argument of the sigmoid whose mean over K and J
+        is the score. Of the kind `pcme` alone."""
+        return self.shift - self.scale * _root(_squared_distances(image_sets, text_sets))
 
     def of_cosines(self, cosines: Tensor) -> Tensor:
         """All cosines (I,K,T,J) of unit vectors to scores (I,T), in the precision of the cosines."""
@@ -127,9 +152,13 @@ class Similarity(nn.Module):
                 return _match_probability(cosines, self.scale, self.shift)
             case "cosine":
                 return cosines.mean((1, 3))
-            case "pcme":
-                return self.of_distances(_root(2 - 2 * cosines))
+            case "pcme" | "csd":
+                return self.of_squared_distances(2 - 2 * cosines)
+            case kind:
+                raise ValueError(f"the similarity '{kind}' is no function of cosines")
 
-    def of_distances(self, distances: Tensor) -> Tensor:
-        """All distances (I,K,T,J) to scores (I,T): of the kind `pcme` alone, for vectors of any length."""
-        return _sampled_match_probability(distances, self.scale, self.shift)
+    def of_squared_distances(self, squared: Tensor) -> Tensor:
+        """All squared distances (I,K,T,J) to scores (I,T): of the kinds `pcme` and `csd`, for vectors of any length."""
+        if self.config.kind == "csd":
+            return (self.shift - self.scale * squared).mean((1, 3))
+        return _sampled_match_probability(_root(squared), self.scale, self.shift)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from setwise.models.dropout import SampleDropout
+from setwise.models.dropout import SampleDropout, sample_normal
 
 Padding = Literal["exact", "official"]
 
@@ -24,6 +24,54 @@ class Inputs(NamedTuple):
     """(B,N,X): normalised inputs, which the value projection is meant for."""
     is_padding: Tensor | None
     """(B,N) bool, True where there is no input."""
+
+
+def compete(
+    logits: Tensor,
+    is_padding: Tensor | None = None,
+    *,
+    padded_share: float = 0.0,
+    added: float = 0.0,
+    floor: float = 1e-7,
+) -> Tensor:
+    """The attention (...,K,N) of slots that compete for inputs, of its `logits`: shares of each input, by a softmax
+    over the K slots, and then divided by their sum over the N inputs, which is 1 in the end.
+
+    Args:
+        is_padding: bool, broadcast to the logits, True where there is no input.
+        padded_share: what every slot has of padding, before the division.
+        added: to the share of each input that is there, as Locatello et al. do, for a slot that nothing is left to.
+        floor: added to the sum, as Kim et al. do, for the same reason.
+    """
+    attention = logits.softmax(-2)
+    if added:
+        attention = attention + added
+    if is_padding is not None:
+        attention = attention.masked_fill(is_padding, padded_share)
+    return attention / (attention.sum(-1, keepdim=True) + floor)
+
+
+def draw_slots(
+    mu: Tensor, log_sigma: Tensor, fixed: Tensor, drawn: tuple[int, Tensor | None] | None, salt: int
+) -> Tensor:
+    """First slots from one normal distribution (Locatello et al., NeurIPS 2020): `mu` and `log_sigma` (1,1,D).
+
+    Args:
+        fixed: (K,D), the draws of evaluation.
+        drawn: in training, of how many samples B, and their keys (B,) as in `SampleDropout`; None in evaluation.
+        salt: tells them, and with it `salt + 1`, from other random numbers of the same samples.
+
+    Returns:
+        (B,K,D) in training, (1,K,D) in evaluation: all samples begin with the same.
+    """
+    noise = fixed[None]
+    if drawn is not None:
+        batch, keys = drawn
+        if keys is None:
+            noise = torch.randn(batch, *fixed.shape, device=fixed.device)
+        else:
+            noise = sample_normal(keys, tuple(fixed.shape), salt)
+    return mu + log_sigma.exp() * noise.to(mu.dtype)
 
 
 class FeedForward(nn.Module):
@@ -111,11 +159,9 @@ class SlotAttention(nn.Module):
         logits = query_BHKX.flatten(1, 2) @ inputs.keys.transpose(1, 2)
         logits_BHKN = logits.view(batch, self.heads, num_slots, num_inputs)
         precise = torch.promote_types(logits_BHKN.dtype, torch.float32)  # sums to 1 in half precision too
-        attention_BHKN = logits_BHKN.softmax(dim=2, dtype=precise)
-        if inputs.is_padding is not None:
-            share = 0.0 if self.padding == "exact" else 1 / num_slots
-            attention_BHKN = attention_BHKN.masked_fill(inputs.is_padding[:, None, None, :], share)
-        attention_BHKN = attention_BHKN / (attention_BHKN.sum(-1, keepdim=True) + 1e-7)
+        is_padding = None if inputs.is_padding is None else inputs.is_padding[:, None, None, :]
+        share = 0.0 if self.padding == "exact" else 1 / num_slots
+        attention_BHKN = compete(logits_BHKN.to(precise), is_padding, padded_share=share)
         sums = attention_BHKN.flatten(1, 2).to(inputs.values.dtype) @ inputs.values
         sums = sums.view(batch, self.heads, num_slots, width).transpose(0, 1).reshape(self.heads, -1, width)
         update = self.to_value.weight.view(by_head) @ sums.transpose(1, 2)

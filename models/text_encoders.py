@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from setwise.models.config import BertConfig, BiGRUConfig
+from setwise.models.config import BertConfig, BiGRUConfig, WordMeanConfig
+from setwise.models.devise import WordMean
 from setwise.models.dropout import SampleDropout
 from setwise.models.set_prediction import Features, on_device, padding_after
 
@@ -169,11 +170,17 @@ class Bert(nn.Module):
         return hidden_BNW
 
 
-def text_encoder(config: BiGRUConfig | BertConfig, vocabulary_size: int, embed_size: int) -> BiGRU | Bert:
+def text_encoder(
+    config: BiGRUConfig | BertConfig | WordMeanConfig, vocabulary_size: int, embed_size: int
+) -> BiGRU | Bert | WordMean:
     """The text encoder that `config` describes, with random weights."""
-    if isinstance(config, BertConfig):
-        return Bert(config, vocabulary_size, embed_size)
-    return BiGRU(config, vocabulary_size, embed_size)
+    match config:
+        case BertConfig():
+            return Bert(config, vocabulary_size, embed_size)
+        case BiGRUConfig():
+            return BiGRU(config, vocabulary_size, embed_size)
+        case WordMeanConfig():
+            return WordMean(vocabulary_size, embed_size)
 
 
 class _BertDropout(SampleDropout):

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from setwise.models.config import PIENetConfig, SetPredictionConfig
 from setwise.models.set_prediction import Features, SetEmbedding
 from setwise.pipelines import batches
-from setwise.pipelines.trained_model import Embeddings, TrainedModel
+from setwise.pipelines.embeddings import Embeddings
+from setwise.pipelines.trained_model import TrainedModel
 from setwise.pipelines.word_pieces import Words
 
 HOT, OPAQUE = (255.0, 140.0, 0.0), 0.8
@@ -41,6 +43,13 @@ class Attention:
     sets: Tensor
     names: list[str]
     grid: tuple[int, int] | None = None
+
+
+def has_slots(model: TrainedModel) -> bool:
+    """Whether a set's elements come of attentions of their own, which can be shown side by side. One alone has no other
+    to compete with: slots' attention is the same everywhere then."""
+    prediction = model.recipe.retriever.set_prediction
+    return isinstance(prediction, SetPredictionConfig | PIENetConfig) and prediction.num_slots > 1
 
 
 @torch.inference_mode()

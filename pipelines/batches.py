@@ -96,6 +96,7 @@ class Split:
         if name not in splits:
             known = ", ".join(split for split in datasets.SPLITS if split in splits)
             raise DataError(f"{prepared.folder}: no split '{name}'; there are {known}")
+        self.prepared = prepared
         self.name = name
         self.data = data
         self.words = words
@@ -274,7 +275,7 @@ def open_words(recipe: Recipe, prepared: Prepared) -> Words:
     Raises:
         ConfigError: BERT without weights, which would leave open how to cut words into pieces.
     """
-    encoder = recipe.model.text_encoder
+    encoder = getattr(recipe.model, "text_encoder", None)
     if not isinstance(encoder, BertConfig):
         return vocabulary.read(prepared.folder / "vocabulary.json")
     if encoder.weights is None:

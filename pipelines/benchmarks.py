@@ -308,6 +308,8 @@ def _add_ratings(found: _Found, encoded: Encoded, given: _Rated, ties: Ties, dev
     texts = tuple(Member(one.columns, one.columns, one.similarity) for one in encoded.members)
     pictures = tuple(Member(one.rows, one.rows, one.similarity) for one in encoded.members)
     image_ids, caption_ids = encoded.image_ids, encoded.caption_ids
+    if not all(one.similarity.of_dot_products for one in encoded.members):
+        return  # cross-attention compares an image with a caption, and nothing else
     among = {
         "t2t": (texts, crisscrossed.text_positives(ratings["sts"], caption_ids, encoded.owners)),
         "i2i": (pictures, crisscrossed.image_positives(ratings["sis"], image_ids)),

@@ -67,7 +67,7 @@ class Comparison:
             longest = [float(side.amax()) if len(side) else 0.0 for side in lengths]
             elements = member.rows.shape[1], member.columns.shape[1]
             self.poolings.append(Pooling(member.similarity, (longest[0], longest[1]), elements))
-            if member.similarity.config.kind == "pcme":
+            if self.poolings[number].of_distances:
                 self._squares[number] = _squared_lengths(member.rows), _squared_lengths(member.columns)
         self._kept: dict[tuple[int, Side, int, Precision], tuple[Encoded, Tensor]] = {}
         self._columns_kept = slice(0, 0)
@@ -126,8 +126,8 @@ class Comparison:
         return found
 
     def _encoded(self, number: int, side: Side, at: slice, precision: Precision) -> tuple[Encoded, Tensor]:
-        """Sets of one side, and for `pcme` their squared lengths (K,R). Columns are kept while their block lasts, rows
-        for good if there is no harm in that."""
+        """Sets of one side, and for `pcme` and `csd` their squared lengths (K,R). Columns are kept while their block
+        lasts, rows for good if there is no harm in that."""
         if side == "columns" and at != self._columns_kept:
             self._kept = {key: kept for key, kept in self._kept.items() if key[1] == "rows"}
             self._columns_kept = at
@@ -138,7 +138,7 @@ class Comparison:
         sets_RKD, squares_KR = (member.rows if side == "rows" else member.columns)[at], torch.empty(0, 0)
         if kind == "cosine":  # the mean of all dot products is the dot product of the means
             sets_RKD = sets_RKD.double().mean(1, keepdim=True)
-        elif kind == "pcme":
+        elif self.poolings[number].of_distances:
             squares_RK = self._squares[number][side == "columns"][at]
             squares_KR = squares_RK.T.to(torch.float64 if precision == "float64" else torch.float32)
         made = screens.encode(sets_RKD, precision), squares_KR
@@ -153,7 +153,7 @@ class Comparison:
             lengths = self._lengths[number]
             dots_KBJ1 = _dots_of_pairs(member, row_B, column_B).mul_(pooling.factor).transpose(0, 1)[..., None]
             x_KB11, y_1BJ1 = torch.empty(0), torch.empty(0)
-            if pooling.kind == "pcme":
+            if pooling.of_distances:
                 x_KB11 = self._squares[number][0][row_B].float().T[:, :, None, None]
                 y_1BJ1 = self._squares[number][1][column_B].float()[None, :, :, None]
             values_B1, smallest = pooling.scores(dots_KBJ1, x_KB11, y_1BJ1)

@@ -18,11 +18,12 @@ from torch import Tensor
 from setwise.pipelines import attention, positives, ranking
 from setwise.pipelines.batches import Split, evaluation_pixels
 from setwise.pipelines.benchmarks import Outcome
+from setwise.pipelines.embeddings import Embeddings
 from setwise.pipelines.images import encode_jpeg, resize_shorter_side
 from setwise.pipelines.positives import Integers, Truth
 from setwise.pipelines.ranking import Member
 from setwise.pipelines.search import IMAGES, MAX_QUERY_CHARACTERS, image_file
-from setwise.pipelines.trained_model import Embeddings, TrainedModel
+from setwise.pipelines.trained_model import TrainedModel
 from setwise.platform.errors import ConfigError
 
 Direction = Literal["i2t", "t2i"]
@@ -110,12 +111,15 @@ class Measured:
         items = np.union1d(np.flatnonzero(rough.numpy() >= enough), right)
         zeros = np.zeros_like(items)
         row, column = (zeros, items) if direction == "i2t" else (items, zeros)
-        scores = ranking.pair_scores((Member(*pair, self.model.retrieval.similarity),), row, column, self.model.device)
+        scores = ranking.pair_scores((self._member(pair),), row, column, self.model.device)
         is_right = np.isin(items, right)
         order = np.lexsort((items, is_right, -scores))
         behind = order[TOP:][is_right[order[TOP:]]]
         shown = [*order[:TOP], *([] if is_right[order[:TOP]].any() else behind[:1])]
         return [(int(items[place]), float(scores[place])) for place in shown]
+
+    def _member(self, pair: tuple[Tensor, Tensor]) -> Member:
+        return ranking.member(*pair, self.model.retrieval.similarity, self.model.device)
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ class Dealer:
         }
         first = self.measured[0]
         slots = []
-        if len(sets[0]) > 1:  # one slot has no other to compete with: its attention is the same everywhere
+        if attention.has_slots(first.model):
             seen = (
                 attention.of_caption(first.model, asked.texts[0])
                 if image is None

@@ -184,10 +184,11 @@ def train(
         raise
     best = {run.name: references.best_value(run) for run in runs}
     if as_json:
-        emit({"runs": [{"run": run.name, "folder": str(run.folder), "val/rsum": best[run.name]} for run in runs]})
+        emit({"runs": [{"run": run.name, "folder": str(run.folder), loaded.metric: best[run.name]} for run in runs]})
     else:
         for run in runs:
-            results.print(f"{run.name}: best val/rsum {best[run.name]:.1f}\n{run.folder}", soft_wrap=True)
+            value = f"{best[run.name]:.{1 if loaded.metric == 'val/rsum' else 3}f}"
+            results.print(f"{run.name}: best {loaded.metric} {value}\n{run.folder}", soft_wrap=True)
     title = launch.title_of(planned)
     say(f"next: setwise eval {runs[0].name}    setwise compare {title} ...    setwise promote {title}    setwise ui")
 

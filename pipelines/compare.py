@@ -18,6 +18,8 @@ from setwise.platform.errors import ConfigError, DataError
 from setwise.platform.run import Run
 
 VALIDATION = "val/rsum"
+VARIANT = "variant"
+"""The parameter of a run that says which variant of its study it is."""
 MAIN = ("rsum", "R1", "map_at_r")
 """The metrics that are shown unless others are asked for."""
 ALPHA = 0.05
@@ -159,7 +161,7 @@ class SideBySide:
 
 def compare(runs: list[Run]) -> Comparison:
     """Runs beside each other. Values under different protocols are left out, and the differences named."""
-    flat = {training: _settings(training) for training in runs}
+    flat = {training: _told(training) for training in runs}
     differing = _differing(list(flat.values()))
     mixed, own = _protocol_differences(runs)
     rows = []
@@ -293,6 +295,16 @@ def _protocol(outcomes: list[Outcome]) -> tuple[str, list[str]]:
 def _settings(training: Run, but: str = "") -> dict[str, Any]:
     settings = config.flatten(config.read_yaml(training.config).values)
     return {name: value for name, value in settings.items() if name != but}
+
+
+def _told(training: Run) -> dict[str, Any]:
+    """Its settings; of a variant of a study, which may differ in everything, its name and its seed instead."""
+    settings, params = _settings(training), dict[str, Any]()
+    for event in run.read_events(training.events):
+        params |= event["values"] if event["kind"] == "params" else {}
+    if VARIANT not in params:
+        return settings
+    return {VARIANT: params[VARIANT], "train.seed": settings.get("train.seed")}
 
 
 def _differing(settings: list[dict[str, Any]]) -> list[str]:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from setwise.pipelines.digit_captions import Caption, SceneTable, write_captions
 from setwise.pipelines.digit_card import SCANS_URL, data_card
-from setwise.pipelines.digit_scenes import SPLITS, Scene, draw_scene, handwriting, render
+from setwise.pipelines.digit_scenes import SPLITS, Scene, draw_scene, handwriting, ink_coverage, render
 
 if TYPE_CHECKING:
     import pathlib
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Ids depend on split and index alone, so the same scene keeps its ids in a larger set.
 _FIRST_IMAGE_ID = {"train": 1_000_000, "val": 2_000_000, "test": 3_000_000}
+GENERATED = "generated.json"
+"""The file that says how a data set was drawn; `setwise data prepare digits` writes it beside the others."""
 _COCO_PART = {"train": "train", "val": "val", "test": "val"}
 
 
@@ -99,6 +101,35 @@ def generate(folder: pathlib.Path, config: DigitsConfig) -> None:
         _write_json(folder / "extended_positives" / f"{name}.json", mapping)
     card = data_card(config, composed, positives)
     (folder / "DATA_CARD.md").write_text(card, encoding="utf-8")
+
+
+def generated(source: pathlib.Path) -> DigitsConfig | None:
+    """How the data set whose files are in `source` was drawn; None where that is not written there."""
+    try:
+        written = json.loads((source / GENERATED).read_bytes())
+        return DigitsConfig.model_validate(written["generator"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def object_mask(image_id: int, config: DigitsConfig) -> NDArray[np.int64]:
+    """Which digit each pixel of an image shows, (side, side): 0 where its ground does, else 1, 2, ... in the scene's
+    order. A pixel belongs to a digit if its stroke covers half of it. The scene is drawn again, so nothing is read.
+
+    Raises ValueError for an id that no image of such a data set has.
+    """
+    import numpy as np
+
+    split = next((name for name, first in _FIRST_IMAGE_ID.items() if 0 <= image_id - first < 1_000_000), None)
+    if split is None or image_id - _FIRST_IMAGE_ID[split] >= getattr(config, split):
+        raise ValueError(f"image id {image_id} is none of this data set")
+    hand, side = handwriting(), config.image_size
+    scene = draw_scene(hand, split, image_id - _FIRST_IMAGE_ID[split], side, config.seed)
+    mask = np.zeros((side, side), np.int64)
+    for number, digit in enumerate(scene.digits, start=1):
+        x, y, width, height = digit.box
+        mask[y : y + height, x : x + width][ink_coverage(hand.inks[digit.scan], width, height) >= 0.5] = number
+    return mask
 
 
 def _write_images(folder: pathlib.Path, items: list[CaptionedScene], config: DigitsConfig) -> None:

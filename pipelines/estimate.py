@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from setwise.models.config import BertConfig, GridConfig, RegionsConfig
+from setwise.models.config import BertConfig, GridConfig, ModelConfig, RegionsConfig, TripletConfig
 from setwise.pipelines import batches, datasets, footprint, hardware, prepare, shards, vocabulary
 from setwise.pipelines.footprint import Footprint, Inputs, Part
 from setwise.pipelines.hardware import Preset
@@ -58,7 +58,7 @@ class Memory:
     gradients: float
     """Twice, where several workers add them up in buffers of their own."""
     moments: float
-    """The two of AdamW."""
+    """That the optimizer remembers: two numbers a weight with AdamW."""
     activations: float
     """What the forward pass of encoders and set prediction leaves for the backward pass."""
     loss: float
@@ -124,6 +124,7 @@ def sizes(recipe: Recipe, store: Path) -> Sizes:
         ConfigError, DataError: the recipe cannot read what was prepared; or the data set is neither prepared nor known.
     """
     name = recipe.data.name
+    image, text = (getattr(recipe.model, part, None) for part in ("image_encoder", "text_encoder"))
     published = datasets.PUBLISHED.get(name)
     if published is not None and not prepare.is_there(name, store):
         images, captions, words = published.train, published.captions, published.vocabulary
@@ -148,9 +149,9 @@ def sizes(recipe: Recipe, store: Path) -> Sizes:
         regions = None if described is None else described["regions"]
     inputs = Inputs(
         image_size=recipe.data.image_size,
-        regions=(regions or REGIONS) if isinstance(recipe.model.image_encoder, RegionsConfig) else None,
+        regions=(regions or REGIONS) if isinstance(image, RegionsConfig) else None,
         captions=captions,
-        vocabulary=WORD_PIECES if isinstance(recipe.model.text_encoder, BertConfig) else words,
+        vocabulary=WORD_PIECES if isinstance(text, BertConfig) else words,
         mean_tokens=mean,
         longest_tokens=longest,
     )
@@ -160,7 +161,7 @@ def sizes(recipe: Recipe, store: Path) -> Sizes:
 def estimate(recipe: Recipe, of: Sizes, preset: Preset | None = None) -> Estimate:
     """What `recipe` takes, exactly as it stands."""
     train, inputs = recipe.train, of.inputs
-    counted = footprint.count(recipe.model, inputs, train.precision != "fp32")
+    counted = footprint.count(recipe.retriever, inputs, train.precision != "fp32")
     steps_per_epoch = batches.batches_per_epoch(of.images, train.batch_size, train.drop_last)
     loss = loss_flops(recipe, train.batch_size, train.batch_size * inputs.captions)
     flops = {part.name: train.batch_size * passes_of(recipe, part) * part.flops for part in counted.parts}
@@ -177,7 +178,7 @@ def estimate(recipe: Recipe, of: Sizes, preset: Preset | None = None) -> Estimat
         sizes=of,
         footprint=counted,
         memory=memory,
-        embedding_bytes=standing + footprint.embedding(recipe.model, inputs).of(train.eval_batch_size),
+        embedding_bytes=standing + footprint.embedding(recipe.retriever, inputs).of(train.eval_batch_size),
         flops=flops | {"loss": loss},
         steps_per_epoch=steps_per_epoch,
         seconds=seconds,
@@ -202,7 +203,7 @@ def fitted(recipe: Recipe, of: Sizes, preset: Preset) -> Recipe:
 
 def _is_whole(recipe: Recipe) -> bool:
     """Whether the backbone normalises by its batch."""
-    encoder = recipe.model.image_encoder
+    encoder = recipe.retriever.image_encoder
     return isinstance(encoder, GridConfig) and not encoder.frozen_batch_norm
 
 
@@ -255,19 +256,22 @@ def loss_flops(recipe: Recipe, images: int, captions: int) -> float:
     Cosines of images and captions, and the gradients to both; for the discrepancy, each side's cosines with itself, of
     which symmetry spares half, and their gradients.
     """
-    slots = recipe.model.set_prediction.num_slots
+    slots = recipe.retriever.set_prediction.num_slots
     n, m = images * slots, captions * slots
-    products = 3.0 * n * m + (1.5 * (n * n + m * m) if recipe.loss.mmd_weight else 0.0)
-    return 2 * recipe.model.embed_size * products
+    discrepancy = isinstance(recipe.loss, TripletConfig) and recipe.loss.mmd_weight > 0
+    products = 3.0 * n * m + (1.5 * (n * n + m * m) if discrepancy else 0.0)
+    return 2 * recipe.retriever.embed_size * products
 
 
 def _loss_bytes(recipe: Recipe, images: int, captions: int) -> float:
     """Of the fullest moment of the loss, in fp32: see batch_loss.py."""
-    slots = recipe.model.set_prediction.num_slots
+    slots = recipe.retriever.set_prediction.num_slots
     n, m = images * slots, captions * slots
-    sets_and_slots = 2 * (n + m) * recipe.model.embed_size
+    sets_and_slots = 2 * (n + m) * recipe.retriever.embed_size
     scores = 6 * images * captions  # with their gradient, who matches whom, and copies without the positives
-    keeps_cosines = recipe.loss.negatives != "hardest" or recipe.loss.all_negatives_epochs > 0
+    loss = recipe.loss
+    hardest = isinstance(loss, TripletConfig) and loss.negatives == "hardest" and not loss.all_negatives_epochs
+    keeps_cosines = not hardest
     return 4.0 * (keeps_cosines * n * m + 2 * sets_and_slots + scores)
 
 
@@ -283,13 +287,13 @@ def _memory(recipe: Recipe, counted: Footprint, inputs: Inputs) -> Memory:
         activations += counted.joined.of(share) - min(of_sides)
     weights = 4.0 * counted.parameters
     image_bytes = 3 * inputs.image_size**2
-    encoder = recipe.model.image_encoder
+    encoder = recipe.retriever.image_encoder
     if isinstance(encoder, RegionsConfig):
         image_bytes = 4 * (inputs.regions or 0) * encoder.feature_dim
     return Memory(
         weights=weights + counted.buffer_bytes,
         gradients=weights * (2 if train.workers > 1 else 1),
-        moments=2 * weights,
+        moments=recipe.optimizer.numbers_per_weight * weights,
         activations=activations,
         loss=_loss_bytes(recipe, train.batch_size, train.batch_size * inputs.captions),
         inputs=float(share * (image_bytes + 8 * inputs.captions * inputs.longest_tokens)),
@@ -298,17 +302,21 @@ def _memory(recipe: Recipe, counted: Footprint, inputs: Inputs) -> Memory:
 
 
 def _checkpoint_bytes(recipe: Recipe, counted: Footprint, inputs: Inputs) -> float:
-    """On disk: weights, AdamW's moments, and as text the words and the history of the last epoch."""
-    return 12.0 * counted.parameters + counted.buffer_bytes + 16 * inputs.vocabulary + 800 * recipe.train.epochs
+    """On disk: weights, the optimizer's moments, and as text the words and the history of the last epoch."""
+    tensors = 4.0 * (1 + recipe.optimizer.numbers_per_weight) * counted.parameters + counted.buffer_bytes
+    return tensors + 16 * inputs.vocabulary + 800 * recipe.train.epochs
 
 
 def settled(recipe: Recipe, on: str, store: Path) -> Recipe:
-    """`recipe`, loaded on preset `on`, as it is to be trained there.
+    """`recipe`, loaded on preset `on`, as it is to be trained there; unchanged if its parts cannot be counted, which
+    those of a retriever alone can.
 
     Raises:
         ConfigError: it does not fit, and the recipe does not insist on how many images are encoded at a time.
         DataError: the sizes of the data set are not known.
     """
+    if not isinstance(recipe.model, ModelConfig):
+        return recipe
     of, preset = sizes(recipe, store), hardware.load(on)[0]
     found = estimate(fitted(recipe, of, preset), of, preset)
     if not found.fits and recipe.train.micro_batch is None:

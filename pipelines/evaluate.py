@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors import numpy as arrays
 
-from setwise.pipelines import benchmarks, crisscrossed, index, prepare, query_ranks, shards, trained_model
+from setwise.pipelines import benchmarks, crisscrossed, index, prepare, query_ranks, ranking, shards, trained_model
+from setwise.pipelines.batches import Split
 from setwise.pipelines.benchmarks import Encoded, Kind, Outcome, QueryRanks
 from setwise.pipelines.prepare import Prepared
-from setwise.pipelines.ranking import Member, Ties
+from setwise.pipelines.ranking import Ties
 from setwise.pipelines.references import Reference
 from setwise.pipelines.trained_model import TrainedModel
-from setwise.platform import config, storage
+from setwise.platform import checkpoint, config, storage
 from setwise.platform.errors import ConfigError, DataError
 from setwise.platform.outbox import Outbox
 from setwise.platform.run import Run
@@ -26,6 +27,9 @@ Say = Callable[[str], None]
 NEEDED = {"ids", "images", "ranks"}
 """What is kept of each query at least."""
 KNOWN = {one.name for one in fields(QueryRanks)}
+TEST = "test"
+"""What the values of a model that is no retriever are called by; it has no benchmark but its own."""
+TEST_FILE = "test.json"
 OFFICIAL = ".official_ties"
 """Ends the name under which a benchmark with the authors' order of ties is kept: beside the other, never over it."""
 
@@ -39,7 +43,7 @@ def evaluate(
     cxc: Path | None = None,
     say: Say = lambda message: None,
 ) -> list[Outcome]:
-    """Measure benchmarks on the test split.
+    """Measure benchmarks on the test split; of a single model that is no retriever, what its validation measures.
 
     Of one reference they are recorded with its run, and not measured again while weights, data, ties and ratings stay
     the same. Several are an ensemble: their scores are averaged, and the values belong to no run.
@@ -55,6 +59,8 @@ def evaluate(
         DataError: a benchmark that was asked for by name cannot be measured, or a file is damaged.
         DivergedError: an embedding is not finite.
     """
+    if len(references) == 1 and _kind(references[0].checkpoint) != "retriever":
+        return [_of_pretext(references[0], store, names)]
     models = [trained_model.load(reference.checkpoint) for reference in references]
     dataset = models[0].recipe.data.name
     for model, reference in zip(models, references, strict=True):
@@ -98,6 +104,42 @@ def evaluate(
     return [done[name] for name in wanted if name in done]
 
 
+def _kind(folder: Path) -> str:
+    """Of the model in a checkpoint; what can be said against a damaged one is said where it is loaded."""
+    recipe = checkpoint.metadata(folder).get("recipe", {})
+    return str(recipe.get("model", {}).get("kind", "retriever"))
+
+
+def _of_pretext(reference: Reference, store: Path, names: Sequence[str] | None) -> Outcome:
+    """What a captioner or a slot autoencoder is worth on the test split, kept with its run."""
+    device = trained_model.default_device()
+    system, words, metadata = trained_model.load_system(reference.checkpoint, device)
+    recipe = system.recipe
+    if names is not None:
+        raise ConfigError(
+            f"a model of kind '{recipe.model.kind}' has no benchmarks to name: leave out --bench, and what its "
+            "validation measures is measured on the test split"
+        )
+    prepared = prepare.open_prepared(recipe.data.name, store)
+    split = Split(prepared, "test", recipe.data, words)
+    weights = storage.fingerprint(
+        [metadata["weights_sha256"], recipe.model_dump(mode="json", include={"data", "model"}), metadata["vocabulary"]]
+    )
+    protocol = {"images": len(split), "captions": len(split.caption_ids), "data": prepared.fingerprint}
+    run = reference.run
+    file = run.folder / TEST_FILE if run is not None else None
+    before = (_kept(file) if file is not None else None) or {}
+    if (before.get("weights"), before.get("protocol")) == (weights, protocol):
+        return Outcome(TEST, before["values"], protocol)
+    measured = system.validate(split, recipe.train.eval_batch_size, device)
+    outcome = Outcome(TEST, {name.partition("/")[2]: value for name, value in measured.items()}, protocol)
+    if run is not None and file is not None:
+        values = {f"{TEST}/{name}": value for name, value in outcome.values.items()}
+        Outbox(run.events).metrics(int(metadata["epoch"]), values, series=f"{TEST} {weights} {outcome.fingerprint}")
+        storage.write_json(file, {**outcome.to_json(), "weights": weights})
+    return outcome
+
+
 def _measure(
     wanted: dict[str, Kind],
     models: Sequence[TrainedModel],
@@ -127,7 +169,7 @@ def _measure(
             f"{files} of Crisscrossed Captions in {store / 'data' / 'cxc'}, or in a folder that you name"
         )
     members = tuple(
-        Member(split.image_sets, split.text_sets, model.retrieval.similarity)
+        ranking.member(split.image_sets, split.text_sets, model.retrieval.similarity, model.device)
         for split, model in zip(splits, models, strict=True)
     )
     query_ranks.check_finite(members, f"the test split in {prepared.folder}")

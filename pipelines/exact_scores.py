@@ -27,16 +27,18 @@ PAIRS = {"cpu": 32, "cuda": 4096}
 
 @dataclass(frozen=True)
 class Member:
-    """One model's sets of the two sides: rows (N,K,D) and columns (M,J,D) float32, on one device. `pcme` takes vectors
-    of any length, the other similarities mean unit vectors.
+    """One model's sets of the two sides: rows (N,K,D) and columns (M,J,D) float32, on one device. `pcme` and `csd` take
+    vectors of any length, the other similarities mean unit vectors.
 
     An ensemble has several members, of the same N and M, whose scores are averaged. One side is compared with itself
-    where `rows` is `columns`.
+    where `rows` is `columns`. scores (N,M) float32 on the CPU: of all pairs, computed beforehand, where the similarity
+    is no function of dot products (see ranking.member).
     """
 
     rows: Tensor
     columns: Tensor
     similarity: Similarity
+    scores: Tensor | None = None
 
 
 def is_symmetric(members: Sequence[Member]) -> bool:
@@ -96,9 +98,9 @@ def of_pairs(members: Sequence[Member], row_P: Tensor, column_P: Tensor) -> Tens
 def _scores(x_PKD: Tensor, y_PJD: Tensor, similarity: Similarity) -> Tensor:
     """(P,) float64."""
     x_PK1D, y_P1JD = x_PKD.double()[:, :, None], y_PJD.double()[:, None]
-    if similarity.config.kind == "pcme":
+    if similarity.config.kind in ("pcme", "csd"):
         squares_PKJD = (x_PK1D - y_P1JD).square_()
-        return similarity.of_distances(_dot(squares_PKJD, torch.ones_like(y_P1JD)).sqrt_()[:, :, None])[:, 0]
+        return similarity.of_squared_distances(_dot(squares_PKJD, torch.ones_like(y_P1JD))[:, :, None])[:, 0]
     return similarity.of_cosines(_dot(x_PK1D, y_P1JD)[:, :, None])[:, 0]
 
 

@@ -31,14 +31,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from setwise.models.config import BertConfig, RegionsConfig
+from setwise.models.config import BertConfig, RegionsConfig, SetPredictionConfig
 from setwise.models.retriever import SetRetriever
 from setwise.models.set_prediction import MAX_SEQUENCE
 from setwise.pipelines import lineage, prepare, trained_model
 from setwise.pipelines.batches import Split
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.references import Reference
-from setwise.pipelines.trained_model import Retrieval, TrainedModel
+from setwise.pipelines.retrieval import Retrieval
+from setwise.pipelines.trained_model import TrainedModel
 from setwise.pipelines.vocabulary import MAX_TOKENS
 from setwise.platform import checkpoint, storage
 from setwise.platform.errors import ConfigError, DataError, SetwiseError
@@ -262,16 +263,17 @@ def _quietly() -> Iterator[None]:
 
 def _longest(model: TrainedModel) -> int | None:
     """Tokens of the longest caption that the text encoder reads, None where there is no limit."""
-    config = model.recipe.model
+    config = model.recipe.retriever
     limits = [config.text_encoder.max_tokens] if isinstance(config.text_encoder, BertConfig) else []
-    limits += [MAX_SEQUENCE] if config.set_prediction.text_positions == "learned" else []
+    sets = config.set_prediction
+    limits += [MAX_SEQUENCE] if isinstance(sets, SetPredictionConfig) and sets.text_positions == "learned" else []
     return min(limits, default=None)
 
 
 def _made_up(model: TrainedModel) -> list[Inputs]:
     """Batches of noise."""
     recipe, generator = model.recipe, torch.Generator().manual_seed(0)
-    encoder, side = recipe.model.image_encoder, recipe.data.image_size
+    encoder, side = recipe.retriever.image_encoder, recipe.data.image_size
     made = []
     for number, longest in MADE_UP:
         if isinstance(encoder, RegionsConfig):

@@ -213,7 +213,8 @@ def _run(config: ModelConfig, inputs: Inputs, images: int, half: bool, training:
     packed = isinstance(config.text_encoder, BiGRUConfig)
     with torch.set_grad_enabled(training):
         read = _read_packed(counts, config, inputs, images, training) if packed else None
-        with mode, torch.device("cuda"), _autocast(half):
+        # cuDNN would look for a GPU; without it a GRU is counted as the operations that it is made of.
+        with mode, torch.device("cuda"), torch.backends.cudnn.flags(enabled=False), _autocast(half):
             captions = images * inputs.captions
             keys, text_keys = _keys(images), _keys(captions)
             seen = _images(config, inputs, images)

@@ -15,11 +15,12 @@ import numpy as np
 
 from setwise.pipelines import attention, benchmarks, evaluate, index, page, prepare, protocol, tables, trained_model
 from setwise.pipelines.cards import TOP, Card, Dealer, Direction, Measured
+from setwise.pipelines.embeddings import Embeddings
 from setwise.pipelines.positives import Integers
 from setwise.pipelines.prepare import Prepared
+from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.references import Reference
 from setwise.pipelines.set_health import set_health
-from setwise.pipelines.trained_model import Embeddings
 from setwise.platform import storage
 from setwise.platform.errors import ConfigError
 from setwise.platform.outbox import Outbox
@@ -93,8 +94,8 @@ def make(
         versus=versus.label if versus else None,
         facts=_facts(dealer, prepared),
         scores=_scores(measured, names),
-        slots=sets[0].image_sets.shape[1],
-        usage=_usage(sets[0]),
+        slots=sets[0].image_sets.shape[1] if attention.has_slots(model) else 1,
+        usage=_usage(sets[0]) if attention.has_slots(model) else [],
         own=names[0],
         every=names[-1] if len(names) > 1 else None,
         has_pixels=dealer.has_pixels,
@@ -197,8 +198,8 @@ def _facts(dealer: Dealer, prepared: Prepared) -> list[tuple[str, str]]:
         facts.append(
             (
                 "compared with" if place else "model",
-                f"{measured.label}: {model.recipe.title}, {model.recipe.model.set_prediction.num_slots} slots, epoch "
-                f"{model.metadata['epoch']}, weights {model.metadata['weights_sha256'][:16]}",
+                f"{measured.label}: {model.recipe.title}, {_sets(model.recipe)}, "
+                f"epoch {model.metadata['epoch']}, weights {model.metadata['weights_sha256'][:16]}",
             )
         )
     facts.append(("data", f"{prepared.manifest['name']} ({prepared.fingerprint}), split {dealer.split.name}"))
@@ -206,6 +207,11 @@ def _facts(dealer: Dealer, prepared: Prepared) -> list[tuple[str, str]]:
         outcome = dealer.measured[0].outcomes[name]
         facts.append((name, f"{protocol.in_words(outcome.protocol)}; protocol {outcome.fingerprint}"))
     return facts
+
+
+def _sets(recipe: Recipe) -> str:
+    prediction = recipe.retriever.set_prediction
+    return f"{prediction.num_slots} slots" if prediction.kind == "slots" else prediction.kind.replace("_", " ")
 
 
 def _scores(measured: Sequence[Measured], names: Sequence[str]) -> list[tuple[str, list[str], list[list[str]]]]:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from setwise.pipelines import trained_model
 from setwise.pipelines.batches import Split
+from setwise.pipelines.embeddings import Embeddings, embed
 from setwise.pipelines.prepare import Prepared
-from setwise.pipelines.trained_model import Embeddings, TrainedModel
+from setwise.pipelines.trained_model import TrainedModel
 from setwise.platform import storage
 
 EMBEDDINGS, HASH = "embeddings.safetensors", "embeddings.sha256"
@@ -50,7 +50,7 @@ def stored(model: TrainedModel, prepared: Prepared, name: str, store: Path) -> E
 
 
 def _make(model: TrainedModel, prepared: Prepared, split: Split, store: Path) -> Embeddings:
-    sets = trained_model.embed(
+    sets = embed(
         model.retrieval.retriever,
         split,
         model.recipe.train.eval_batch_size,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from setwise.pipelines import batches, prepare, pretrained, records, worker_group
+from setwise.models.config import ModelConfig
+from setwise.pipelines import batches, prepare, pretrained, pretraining, records, worker_group
 from setwise.pipelines.recipe import Recipe
 from setwise.platform import cluster, config, run, run_mirror, storage
 from setwise.platform.errors import ConfigError, DataError
@@ -27,6 +28,8 @@ class Plan:
     store: Path
     experiment: str
     steps_per_epoch: int
+    before: Plan | None = None
+    """The training that comes first, and that others may want too."""
 
     def describe(self) -> str:
         train = self.recipe.train
@@ -34,8 +37,14 @@ class Plan:
             f"run '{self.name}': {train.epochs} epochs of {self.steps_per_epoch} steps, {train.batch_size} images a "
             f"step over {train.workers} worker{'s' if train.workers > 1 else ''}, {train.precision}, "
             f"{'' if train.micro_batch is None else f'{train.micro_batch} images at a time, '}"
-            f"K = {self.recipe.model.set_prediction.num_slots}, D = {self.recipe.model.embed_size}"
+            f"{_size(self.recipe)}{'' if self.before is None else f'. First, {self.before.describe()}'}"
         )
+
+
+def _size(recipe: Recipe) -> str:
+    if isinstance(recipe.model, ModelConfig):
+        return f"K = {recipe.model.set_prediction.num_slots}, D = {recipe.model.embed_size}"
+    return f"a model of kind '{recipe.model.kind}'"
 
 
 def plan(recipe_name: str, recipe: Recipe, name: str | None, store: Path) -> Plan:
@@ -44,7 +53,7 @@ def plan(recipe_name: str, recipe: Recipe, name: str | None, store: Path) -> Pla
     The same settings give the same name, so the same command finds its run again.
 
     Raises:
-        ConfigError: the name cannot be one, or the recipe is not for training.
+        ConfigError: the name cannot be one, or the recipe, or that of its pre-training, is not for training.
         DataError: the data is not prepared, or weights to start from are not there.
         UnreachableError: weights have to be downloaded, and the network does not answer.
     """
@@ -53,7 +62,6 @@ def plan(recipe_name: str, recipe: Recipe, name: str | None, store: Path) -> Pla
     prepared = prepare.open_prepared(recipe.data.name, store)
     prepare.check_fits(prepared, recipe)
     pretrained.locate(recipe, store / "weights")
-    digest = storage.fingerprint([recipe.model_dump(mode="json"), prepared.fingerprint])[:6]
     missing = [split for split in ("train", "val") if split not in prepared.manifest["splits"]]
     if missing:
         raise DataError(
@@ -61,7 +69,14 @@ def plan(recipe_name: str, recipe: Recipe, name: str | None, store: Path) -> Pla
         )
     images = prepared.manifest["splits"]["train"]["images"]
     steps = batches.batches_per_epoch(images, recipe.train.batch_size, recipe.train.drop_last)
-    return Plan(run.check_name(name or f"{title}-{digest}"), recipe, store, title, steps)
+    named = run.check_name(name or pretraining.run_name(title, recipe, prepared))
+    return Plan(named, recipe, store, title, steps, _before(recipe, store))
+
+
+def _before(recipe: Recipe, store: Path) -> Plan | None:
+    """The pre-training of `recipe`. Its name follows from its settings, so that others find it."""
+    first = pretraining.recipe_before(recipe)
+    return None if first is None or recipe.pretraining is None else plan(recipe.pretraining.recipe, first, None, store)
 
 
 def plans(recipe_name: str, recipe: Recipe, name: str | None, seeds: int | None, store: Path) -> list[Plan]:
@@ -73,7 +88,8 @@ def plans(recipe_name: str, recipe: Recipe, name: str | None, seeds: int | None,
     for number in range(recipe.train.seed, recipe.train.seed + seeds):
         train = recipe.train.model_copy(update={"seed": number})
         seeded = recipe.model_copy(update={"train": train})
-        made.append(replace(first, name=run.check_name(f"{first.name}-seed{number}"), recipe=seeded))
+        named = run.check_name(f"{first.name}-seed{number}")
+        made.append(replace(first, name=named, recipe=seeded, before=_before(seeded, store)))
     return made
 
 
@@ -83,8 +99,9 @@ def title_of(planned: Sequence[Plan]) -> str:
 
 
 def check_trainable(recipe: Recipe) -> None:
-    """Raises ConfigError for a model that is only there to load weights."""
-    if recipe.model.padding == "official":
+    """Raises ConfigError for a model that is only there to load weights, or whose pre-training does not fit it."""
+    pretraining.recipe_before(recipe)
+    if isinstance(recipe.model, ModelConfig) and recipe.model.padding == "official":
         raise ConfigError(
             "model.padding=official is for weights that the authors' code trained, so that they give the same numbers: "
             "padding takes attention there, and a caption's set depends on its batch. Train with model.padding=exact."
@@ -96,36 +113,49 @@ def execute(planned: Sequence[Plan], tracker: Tracker, say: Say) -> list[Run]:
 
     Ctrl-C or SIGTERM lets the training write a checkpoint after its next step.
     """
-    runs = []
     with contextlib.ExitStack() as cluster_at_need:
         connected = False
-        for plan in planned:
-            written = config.to_yaml(plan.recipe)
-            if run_mirror.restore_record(Run(plan.store / "runs" / plan.name), plan.store, written):
-                say(f"run '{plan.name}' was begun elsewhere, and goes on with what the mirror has of it")
-            training = run.create(plan.store / "runs", plan.name, written, plan.experiment)
-            runs.append(training)
-            with storage.lease(training.folder / "lease", f"run '{plan.name}'"), Courier(tracker) as courier:
-                courier.add(training)
-                if records.ended(training):
-                    say(f"run '{plan.name}' is complete already")
-                    continue
-                storage.check_writable(training.folder)
-                if not connected:
-                    cluster_at_need.enter_context(cluster.connect())
-                    cluster_at_need.enter_context(worker_group.interruptible())
-                    connected = True
-                newest = max(worker_group.checkpoints(training), default=None)
-                onward = f", from {newest} on" if newest is not None else ""
-                say(f"run '{plan.name}': training on {_processors(plan.recipe)}{onward}")
-                worker_group.train_with_ray(plan.recipe, training, plan.store, on_epoch=_told(plan, say))
-                records.end(training, "FINISHED")
-                run_mirror.send(training, plan.store)
-    return runs
+
+        def connect() -> None:
+            nonlocal connected
+            if not connected:
+                cluster_at_need.enter_context(cluster.connect())
+                cluster_at_need.enter_context(worker_group.interruptible())
+                connected = True
+
+        return [_train(plan, tracker, connect, say) for plan in planned]
+
+
+def _train(plan: Plan, tracker: Tracker, connect: Callable[[], None], say: Say, shared: bool = False) -> Run:
+    """One training, after the one that comes before it. Where it is `shared`, whoever else is at work on it is waited
+    for."""
+    before = None if plan.before is None else _train(plan.before, tracker, connect, say, shared=True)
+    written = config.to_yaml(plan.recipe)
+    if run_mirror.restore_record(Run(plan.store / "runs" / plan.name), plan.store, written):
+        say(f"run '{plan.name}' was begun elsewhere, and goes on with what the mirror has of it")
+    training = run.create(plan.store / "runs", plan.name, written, plan.experiment)
+    what = f"run '{plan.name}'"
+    own = pretraining.turn(training, say) if shared else storage.lease(training.folder / "lease", what)
+    with own, Courier(tracker) as courier:
+        courier.add(training)
+        if records.ended(training):
+            say(f"{what} is complete already")
+            return training
+        storage.check_writable(training.folder)
+        if before is not None:
+            pretraining.adopt(training, before)
+        connect()
+        newest = max(worker_group.checkpoints(training), default=None)
+        onward = f", from {newest} on" if newest is not None else ""
+        say(f"{what}: training on {_processors(plan.recipe)}{onward}")
+        worker_group.train_with_ray(plan.recipe, training, plan.store, on_epoch=_told(plan, say))
+        records.end(training, "FINISHED")
+        run_mirror.send(training, plan.store)
+    return training
 
 
 def _told(plan: Plan, say: Say) -> Callable[[dict[str, Any]], None]:
-    return lambda values: say(epoch_line(values, plan.recipe.train.epochs))
+    return lambda values: say(epoch_line(values, plan.recipe))
 
 
 def _processors(recipe: Recipe) -> str:
@@ -134,9 +164,13 @@ def _processors(recipe: Recipe) -> str:
     return f"{at_most}{workers} {'GPU' if use_gpu else 'CPU'}{'s' if workers > 1 else ''}"
 
 
-def epoch_line(values: dict[str, Any], epochs: int) -> str:
+def epoch_line(values: dict[str, Any], recipe: Recipe) -> str:
     """One epoch as a line of progress."""
-    return (
-        f"epoch {values['epoch']:.0f}/{epochs}  {values['train/seconds']:.0f} s  loss {values['train/total']:.4f}  "
-        f"val RSUM {values['val/rsum']:.1f}  i2t R@1 {values['val/i2t_R1']:.1f}  t2i R@1 {values['val/t2i_R1']:.1f}"
+    done = (
+        f"epoch {values['epoch']:.0f}/{recipe.train.epochs}  {values['train/seconds']:.0f} s  "
+        f"loss {values['train/total']:.4f}  "
     )
+    if recipe.metric != "val/rsum":
+        return done + f"{recipe.metric} {values[recipe.metric]:.3f}"
+    recalls = f"i2t R@1 {values['val/i2t_R1']:.1f}  t2i R@1 {values['val/t2i_R1']:.1f}"
+    return f"{done}val RSUM {values['val/rsum']:.1f}  {recalls}"

@@ -78,7 +78,7 @@ def _parents(path: Path) -> list[dict[str, Any]]:
 
 def _published(recipe: Recipe) -> list[dict[str, str]]:
     """Published weights that a training begins with; read off the recipe, since one that goes on loads them no more."""
-    image, text = recipe.model.image_encoder, recipe.model.text_encoder
+    image, text = (getattr(recipe.model, name, None) for name in ("image_encoder", "text_encoder"))
     given = {
         "image_encoder": image.weights if isinstance(image, GridConfig) else None,
         "text_encoder.word_vectors": text.word_vectors if isinstance(text, BiGRUConfig) else None,
@@ -96,7 +96,7 @@ class Stored:
     folder: Path
     epoch: int
     value: float | None
-    """Of METRIC on the validation split; None where its metadata cannot be read, or it was set aside as damaged."""
+    """Of METRIC, or by what else its best is chosen; None where metadata cannot be read, or it is damaged."""
     bytes: int
 
     def to_json(self) -> dict[str, Any]:
@@ -119,7 +119,8 @@ def read_stored(folder: Path, run: str) -> Stored:
     if not folder.name.endswith(".damaged"):
         try:
             metadata = checkpoint.metadata(folder)
-            epoch, value = int(metadata["epoch"]), float(metadata["history"][-1][METRIC])
+            metric = str(metadata.get("metric", METRIC))
+            epoch, value = int(metadata["epoch"]), float(metadata["history"][-1][metric])
         except (OSError, ValueError, KeyError, IndexError, TypeError, DataError):
             pass
     return Stored(run, folder.name, folder, epoch, value, size(folder))

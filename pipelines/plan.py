@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from setwise.models.config import BertConfig, BiGRUConfig, GridConfig
-from setwise.pipelines import hardware, resume
+from setwise.models.config import BertConfig, BiGRUConfig, GridConfig, ModelConfig
+from setwise.pipelines import batches, hardware, resume
 from setwise.pipelines.estimate import (
     GIB,
     MARGIN,
     PROCESS_BYTES,
     Estimate,
     Memory,
+    Sizes,
     estimate,
     fitted,
     passes_of,
     share_of,
     sizes,
 )
+from setwise.pipelines.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,7 +43,7 @@ class Plan:
     def notes(self) -> list[str]:
         """What a reader has to know of these numbers."""
         chosen, recipe = self.chosen, self.chosen.recipe
-        train, text, image = recipe.train, recipe.model.text_encoder, recipe.model.image_encoder
+        train, text, image = recipe.train, recipe.retriever.text_encoder, recipe.retriever.image_encoder
         found = [
             f"data: {chosen.sizes.images:,} training images with {chosen.sizes.inputs.captions} captions each; "
             + chosen.sizes.source,
@@ -63,7 +65,12 @@ class Plan:
             )
         if isinstance(text, BiGRUConfig) and text.word_dim == GLOVE_DIM and text.word_vectors is None:
             found.append("word embeddings start at random: GloVe's are given with model.text_encoder.word_vectors=FILE")
-        if isinstance(image, GridConfig) and image.weights is None:
+        if recipe.pretraining is not None:
+            found.append(
+                f"the image encoder is trained before that by the recipe {recipe.pretraining.recipe}, unless it has "
+                "been already; these numbers do not count it"
+            )
+        elif isinstance(image, GridConfig) and image.weights is None:
             found.append("the image backbone starts at random: see model.image_encoder.weights")
         if isinstance(text, BertConfig) and text.weights is None:
             found.append("training needs BERT's weights, if only for its word pieces: model.text_encoder.weights")
@@ -139,6 +146,51 @@ class Plan:
         return table
 
 
+@dataclass(frozen=True)
+class Outline:
+    """The length of a training whose parts are not counted: of a model that is no retriever."""
+
+    name: str
+    on: str | None
+    recipe: Recipe
+    sizes: Sizes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        train = self.recipe.train
+        return batches.batches_per_epoch(self.sizes.images, train.batch_size, train.drop_last)
+
+    def notes(self) -> list[str]:
+        return [
+            f"data: {self.sizes.images:,} training images; {self.sizes.source}",
+            f"parts, memory and time of a model of kind '{self.recipe.model.kind}' are not estimated, nor is how many "
+            "images fit a device at a time: set train.micro_batch where they do not",
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        length = {"steps_per_epoch": self.steps_per_epoch, "steps": self.steps_per_epoch * self.recipe.train.epochs}
+        return {
+            "recipe": self.name,
+            "on": self.on,
+            "sizes": asdict(self.sizes),
+            "train": self.recipe.train.model_dump(mode="json"),
+            **length,
+            "notes": self.notes(),
+        }
+
+    def table(self) -> RenderableType:
+        """For a terminal."""
+        from rich.console import Group
+        from rich.text import Text
+
+        train, steps = self.recipe.train, self.steps_per_epoch
+        said = (
+            f"{self.name}: {_epochs(train.epochs)} of {steps:,} steps of {train.batch_size} images, "
+            f"{steps * train.epochs:,} steps"
+        )
+        return Group(Text(said), *(Text(f"- {note}") for note in self.notes()))
+
+
 def _table(title: str, first: str, *numbers: str) -> Table:
     from rich.table import Table
 
@@ -161,8 +213,9 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
-def make(name: str, overrides: list[str] | None, on: str | None, store: Path) -> Plan:
-    """The plan of a recipe, by name or path, on preset `on` if one is named.
+def make(name: str, overrides: list[str] | None, on: str | None, store: Path) -> Plan | Outline:
+    """The plan of a recipe, by name or path, on preset `on` if one is named; of a model that is no retriever only how
+    long it is.
 
     Raises:
         ConfigError: the recipe, an override or the preset has a mistake.
@@ -170,6 +223,8 @@ def make(name: str, overrides: list[str] | None, on: str | None, store: Path) ->
     """
     recipe = hardware.load_recipe(name, overrides, on)
     of = sizes(recipe, store)
+    if not isinstance(recipe.model, ModelConfig):
+        return Outline(Path(name).stem, on, recipe, of)
     presets = {}
     for preset_name in dict.fromkeys([*hardware.names(), *([on] if on is not None else [])]):
         preset = hardware.load(preset_name)[0]

@@ -1,10 +1,11 @@
 """Blocks of dot products to scores of sets, in few passes over memory, and what an error of the former does to the
 latter.
 
-Smooth-Chamfer, Chamfer, MIL and the mean cosine change by at most e where no dot product changes by more than e. The
-two match probabilities are means of sigmoids: where no argument changes by more than e, the odds of the mean change by
-at most a factor of exp(e). (Shifting an argument by e multiplies the odds p / (1 - p) of its sigmoid by exp(e), which
-is a concave function of p; so the mean of the shifted is at most the shifted mean.)
+Smooth-Chamfer, Chamfer, MIL and the mean cosine change by at most e where no dot product changes by more than e; the
+closed form of PCME++ by at most 2 e times its scale. The two match probabilities are means of sigmoids: where no
+argument changes by more than e, the odds of the mean change by at most a factor of exp(e). (Shifting an argument by e
+multiplies the odds p / (1 - p) of its sigmoid by exp(e), which is a concave function of p; so the mean of the shifted
+is at most the shifted mean.)
 
 Dot products come as (K,R,J,C): K x J slabs that are added, multiplied or compared as wholes.
 
@@ -40,8 +41,10 @@ class Pooling:
         self.longest, self.elements = longest, elements
         self.largest = longest[0] * longest[1]
         self.sigmoid = self.kind in ("match_probability", "pcme")
+        self.of_distances = self.kind in ("pcme", "csd")
+        """Whether `scores` reads the lengths of vectors."""
         self.scale, self.shift = (1.0, 0.0)
-        if self.sigmoid:
+        if self.sigmoid or self.of_distances:
             self.scale, self.shift = (float(learned.detach()) for learned in (similarity.scale, similarity.shift))
         # bf16, at worst, makes a dot product larger by a 64th part.
         exponent = (1 + 1 / 64) * self.alpha * math.log2(math.e) * self.largest + math.log2(max(elements))
@@ -52,6 +55,8 @@ class Pooling:
         """In size, and no less than what smooth-Chamfer adds up on its way."""
         if self.sigmoid:
             return 1.0
+        if self.kind == "csd":
+            return abs(self.scale) * sum(self.longest) ** 2 + abs(self.shift)
         return self.largest + (sum(self.elements) / self.alpha if self.kind == "smooth_chamfer" else 0)
 
     @property
@@ -64,13 +69,16 @@ class Pooling:
                 return self.scale
             case "pcme":
                 return -2.0
+            case "csd":
+                return 2 * self.scale
             case _:
                 return 1.0
 
     def scores(self, dots_KRJC: Tensor, row_squares: Tensor, column_squares: Tensor) -> tuple[Tensor, Tensor | None]:
         """(R,C), and for `pcme` the smallest squared distance. The dot products are overwritten.
 
-        row_squares, column_squares: squared lengths as (K,R,1,1) and (J,C), or as (1,R,J,1); only `pcme` reads them.
+        row_squares, column_squares: squared lengths as (K,R,1,1) and (J,C), or as (1,R,J,1); only `pcme` and `csd` read
+        them.
         """
         K, _, J, _ = dots_KRJC.shape
         match self.kind:
@@ -91,6 +99,11 @@ class Pooling:
                 smallest = squared_KRJC.amin()
                 distance_KRJC = squared_KRJC.clamp_(min=0).sqrt_()
                 return self._mean(distance_KRJC.mul_(-self.scale).add_(self.shift).sigmoid_()), smallest
+            case "csd":
+                of_rows, of_columns = row_squares * self.scale, column_squares * self.scale
+                return self._mean(dots_KRJC.sub_(of_rows).sub_(of_columns).add_(self.shift)), None
+            case _:
+                raise ValueError(f"the similarity '{self.kind}' is not computed of blocks")
 
     def _mean(self, values_KRJC: Tensor) -> Tensor:
         K, _, J, _ = values_KRJC.shape
@@ -111,13 +124,16 @@ class Pooling:
         return reduce(Tensor.add_, logs)
 
     def reach(self, errors: Tensor, smallest: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """From errors of dot products to those of the numbers that are pooled: dot products, or arguments of sigmoids.
+        """From errors of dot products to those of the numbers that are pooled: dot products, arguments of sigmoids, or
+        logits of pairs.
 
         smallest: the least squared distance that was computed, for `pcme`.
         """
+        unit, distance = torch.finfo(dtype).eps, self.longest[0] + self.longest[1]
+        if self.kind == "csd":
+            return 2 * abs(self.scale) * errors + 8 * unit * (abs(self.scale) * distance**2 + abs(self.shift))
         if not self.sigmoid:
             return errors
-        unit, distance = torch.finfo(dtype).eps, self.longest[0] + self.longest[1]
         if smallest is None:
             return abs(self.scale) * errors + 8 * unit * (abs(self.scale) * self.largest + abs(self.shift))
         # Of u and v = u + e, sqrt(v) - sqrt(u) = e / (sqrt(u) + sqrt(v)), and at most sqrt(e).

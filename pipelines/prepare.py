@@ -28,7 +28,7 @@ from pydantic import Field
 from setwise.models.config import RegionsConfig
 from setwise.pipelines import datasets, feature_files, identity, mirrored, shard_tasks, shards, vocabulary
 from setwise.pipelines.datasets import Row, Source, SourceConfig
-from setwise.pipelines.digits import DigitsConfig, generate
+from setwise.pipelines.digits import GENERATED, DigitsConfig, generate
 from setwise.pipelines.rows import Rows
 from setwise.pipelines.shards import Shard
 from setwise.platform import storage
@@ -160,7 +160,7 @@ def check_fits(prepared: Prepared, recipe: Recipe) -> None:
         ConfigError: features of another width, or settings of the recipe that the images are too small for.
         DataError: region features for an encoder of pixels, or the other way round.
     """
-    name, encoder = str(prepared.manifest["name"]), recipe.model.image_encoder
+    name, encoder = str(prepared.manifest["name"]), getattr(recipe.model, "image_encoder", None)
     folder = prepared.manifest["source"]["folder"]
     if isinstance(encoder, RegionsConfig):
         if prepared.kind == "images":
@@ -177,7 +177,7 @@ def check_fits(prepared: Prepared, recipe: Recipe) -> None:
                 )
     elif prepared.kind == "regions":
         raise DataError(
-            f"'{name}' holds region features, and an image encoder of kind '{encoder.kind}' reads images. Prepare a "
+            f"'{name}' holds region features, and this model reads images. Prepare a "
             f"data set of images: {command(name.removesuffix('_butd'))}"
         )
     else:
@@ -223,12 +223,12 @@ def prepare_digits(store: Path, settings: DigitsPreparation, say: Say) -> Prepar
     with storage.lease(base / "lease", "data set 'digits'"):
         source = base / "source"
         wanted = {"generator": digits.model_dump(mode="json")}
-        marker = source / "generated.json"
+        marker = source / GENERATED
         if _read(marker) != wanted:
             say(f"composing {digits.train + digits.val + digits.test:,} scenes from handwritten digits")
             with storage.publish_folder(source) as building:
                 generate(building, digits)
-                storage.write_json(building / "generated.json", wanted)
+                storage.write_json(building / GENERATED, wanted)
         files = datasets.open_source("digits", SourceConfig(folder=str(source)))
         return mirrored.keep(prepare(files, base / "prepared", settings.prepare, say, str(source)), store, say)
 

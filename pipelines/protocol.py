@@ -15,11 +15,11 @@ TIES = {
 
 
 def of_similarity(similarity: Similarity) -> dict[str, Any]:
-    """The kind of a similarity with what decides its values: settings and, where it learns any, parameters."""
+    """The kind of a similarity with what decides its values: settings and, where it learns single numbers, these."""
     settings = similarity.config.model_dump(mode="json")
     if settings["kind"] != "smooth_chamfer":
         del settings["alpha"]
-    return settings | {name: float(value) for name, value in similarity.state_dict().items()}
+    return settings | {name: float(value) for name, value in similarity.state_dict().items() if value.numel() == 1}
 
 
 def describe_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

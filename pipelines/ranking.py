@@ -8,6 +8,9 @@ many of a block are near, as in a model that has collapsed, all of it is compute
 
 So ranks are those of the exact scores, whatever the screen, the blocks, the threads and the device.
 
+A similarity that is no function of dot products has no such bound: its scores are computed one by one, and counted as
+they are (score_matrices.py).
+
 Shape suffixes: R rows and C columns of a block; Q queries and G gallery items, the same from one side; A asked pairs;
 B pairs inside a bound.
 """
@@ -23,7 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from setwise.pipelines import exact_scores, screens
+from setwise.models.similarity import Similarity
+from setwise.pipelines import embeddings, exact_scores, score_matrices, screens
 from setwise.pipelines.block_scores import Block, Comparison, Integers, Scores
 from setwise.pipelines.exact_scores import Member as Member
 from setwise.pipelines.screens import Precision, Screen
@@ -65,6 +69,26 @@ class Answers:
     ahead_in_fold: Integers | None
 
 
+def member(rows: Tensor, columns: Tensor, similarity: Similarity, device: torch.device | None = None) -> Member:
+    """One model's sets of the two sides, to be ranked on `device`; with all scores, if the similarity needs that."""
+    if similarity.of_dot_products:
+        return Member(rows, columns, similarity)
+    scores = embeddings.score(similarity, rows, columns, device or rows.device)
+    return Member(rows, columns, similarity, scores)
+
+
+def _given_scores(members: Sequence[Member], device: torch.device | None) -> NDArray[np.float32] | None:
+    """(N,M) the scores of all pairs, if a member's were computed beforehand."""
+    if all(member.scores is None for member in members):
+        return None
+    sizes = {(len(member.rows), len(member.columns)) for member in members}
+    if len(sizes) > 1:
+        raise ValueError(f"members have {sizes} sets: scores can be averaged only over the same ones")
+    whole = (score_matrix([one], device) if one.scores is None else one.scores.numpy() for one in members)
+    mean: NDArray[np.float64] = np.mean(list(whole), axis=0, dtype=np.float64)
+    return mean.astype(np.float32)
+
+
 def pair_scores(
     members: Sequence[Member], row: Integers, column: Integers, device: torch.device | None = None
 ) -> NDArray[np.float32]:
@@ -73,6 +97,8 @@ def pair_scores(
     Raises:
         ValueError: the members do not fit each other, or an embedding is not finite.
     """
+    if (given := _given_scores(members, device)) is not None:
+        return given[row, column]
     comparison = Comparison(members, device)
     row_P, column_P = (torch.from_numpy(index).to(comparison.device) for index in (row, column))
     found: NDArray[np.float32] = exact_scores.of_pairs(comparison.members, row_P, column_P).cpu().numpy()
@@ -86,6 +112,8 @@ def score_matrix(members: Sequence[Member], device: torch.device | None = None) 
     Raises:
         ValueError: the members do not fit each other, or an embedding is not finite.
     """
+    if (given := _given_scores(members, device)) is not None:
+        return given
     comparison = Comparison(members, device)
     scores = np.empty((comparison.rows, comparison.columns), dtype=np.float32)
     for block in comparison.blocks():
@@ -122,6 +150,10 @@ def count_ahead(
         ValueError: the members do not fit each other, folds or asked pairs do not fit them, or an embedding is not
             finite.
     """
+    if (given := _given_scores(members, device)) is not None:
+        return _counted(given, by_rows, True, folds, ties), (
+            None if by_columns is None else _counted(given, by_columns, False, folds, ties)
+        )
     comparison = Comparison(members, device)
     if folds is not None and not all(map(_are_folds, folds, (comparison.rows, comparison.columns))):
         raise ValueError(
@@ -143,6 +175,15 @@ def count_ahead(
             if questions := [question for question in questions if len(question.asks)]:
                 counting.answer(block, questions)
         return row_tally.answers(in_folds), None if column_tally is None else column_tally.answers(in_folds)
+
+
+def _counted(
+    scores: NDArray[np.float32], asked: Asked, by_rows: bool, folds: tuple[Integers, Integers] | None, ties: Ties
+) -> Answers:
+    row, column = (asked.query, asked.item) if by_rows else (asked.item, asked.query)
+    later_first = ties == "official"
+    found = score_matrices.count_ahead(scores, row, column, by_rows=by_rows, later_first=later_first, folds=folds)
+    return Answers(found.scores, found.ahead, found.ahead_in_fold if folds is not None else None)
 
 
 def _are_folds(fold: Integers, size: int) -> bool:

@@ -8,13 +8,26 @@ change the result.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from setwise.models.config import GridConfig, LossConfig, ModelConfig, SimilarityConfig
+from setwise.models.config import (
+    GaussianConfig,
+    GridConfig,
+    HingeRankConfig,
+    LossConfig,
+    MatchingConfig,
+    ModelConfig,
+    SimilarityConfig,
+    SoftContrastiveConfig,
+    TripletConfig,
+    kind_if_none_is_named,
+)
+from setwise.models.pretext_config import CaptionerConfig, SlotAutoencoderConfig
 from setwise.platform import config
 from setwise.platform.config import Settings
+from setwise.platform.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "recipes"
 LABEL = r"^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$"
@@ -50,22 +63,49 @@ class DataConfig(Settings):
 
 
 class OptimizerConfig(Settings):
-    """AdamW with a schedule that is a pure function of the step (method: section 4 of the recipes)."""
+    """The optimizer, with a schedule that is a pure function of the step (method: section 4 of the recipes), and of
+    the validation metrics before it where it is `plateau`."""
 
+    kind: Literal["adamw", "adam", "adamp", "sgd"] = Field("adamw", description="which optimizer")
     lr: float = Field(1e-3, gt=0, le=1, description="peak learning rate")
-    weight_decay: float = Field(1e-4, ge=0, le=1, description="of every weight, apart from the gradient (AdamW)")
+    weight_decay: float = Field(
+        1e-4, ge=0, le=1, description="of every weight, apart from the gradient; with adam and sgd, as part of it"
+    )
+    amsgrad: bool = Field(False, description="of adam and adamw: divide by the largest second moment so far")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    lookahead_steps: int | None = Field(
+        None, ge=1, description="updates after which slow weights follow (Lookahead); none: there are no slow weights"
+    )
+    lookahead_alpha: float = Field(0.5, gt=0, le=1, description="part of the way that slow weights go each time")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from zero")
-    schedule: Literal["cosine", "constant", "step"] = Field(
-        "cosine", description="after warm-up: cosine to zero, constant, or times step_factor every step_epochs"
+    schedule: Literal["cosine", "constant", "step", "plateau"] = Field(
+        "cosine",
+        description="after warm-up: cosine to zero, constant, or times step_factor, every step_epochs or where the "
+        "validation metric no longer gets better",
     )
     step_epochs: int = Field(20, ge=1, description="epochs between two steps of schedule=step")
-    step_factor: float = Field(0.1, gt=0, le=1, description="of the learning rate at each step of schedule=step")
+    step_factor: float = Field(0.1, gt=0, le=1, description="of the rate, at each step of schedule=step or plateau")
+    plateau_patience: int = Field(
+        10, ge=0, description="epochs in a row without a better metric that schedule=plateau lets pass"
+    )
     backbone_scale: float = Field(1, ge=0, description="learning rate of the image backbone, in multiples of lr")
     image_scale: float = Field(1, ge=0, description="of everything else on the image side")
     text_scale: float = Field(1, ge=0, description="of the text encoder")
     text_sets_scale: float = Field(1, ge=0, description="of the text side's set prediction")
     frozen_backbone_epochs: int = Field(0, ge=0, description="epochs at the start in which the backbone stands still")
     clip_norm: float = Field(2.0, gt=0, description="largest global norm of the gradient")
+
+    @model_validator(mode="after")
+    def _there_are_second_moments(self) -> Self:
+        if self.amsgrad and self.kind not in ("adamw", "adam"):
+            raise ValueError(f"amsgrad is of kind 'adamw' or 'adam', not of '{self.kind}'")
+        return self
+
+    @property
+    def numbers_per_weight(self) -> int:
+        """That the optimizer remembers."""
+        moments = int(self.momentum > 0) if self.kind == "sgd" else 2
+        return moments + self.amsgrad + (self.lookahead_steps is not None)
 
 
 class TrainConfig(Settings):
@@ -108,35 +148,130 @@ class TrainConfig(Settings):
         return self
 
 
+class PretrainingConfig(Settings):
+    """A training that comes first, in a run of its own, and whose image encoder this one starts from (VirTex)."""
+
+    recipe: str = Field(description="a recipe of kind captioner, with the same image encoder and the same data")
+    epochs: int | None = Field(None, ge=1, le=10_000, description="instead of that recipe's own")
+
+
 class Recipe(Settings):
     """One training, completely."""
 
     data: DataConfig = DataConfig()
-    model: ModelConfig
+    model: Annotated[ModelConfig | CaptionerConfig | SlotAutoencoderConfig, Field(discriminator="kind")]
     similarity: SimilarityConfig = SimilarityConfig()
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = TripletConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    pretraining: PretrainingConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kinds_unless_named(cls, values: Any) -> Any:
+        values = kind_if_none_is_named(values, "model", "retriever")
+        return kind_if_none_is_named(values, "loss", "triplet")
 
     @property
     def title(self) -> str:
         """data_imageEncoder_textEncoder, the way recipes are named."""
-        data = self.data.name.partition("_")[0]
-        return f"{data}_{self.model.image_encoder.title}_{self.model.text_encoder.title}"
+        return f"{self.data.name.partition('_')[0]}_{self.model.title}"
+
+    @property
+    def retriever(self) -> ModelConfig:
+        """The model, of a recipe whose model embeds images and captions. Raises ConfigError for another."""
+        if isinstance(self.model, ModelConfig):
+            return self.model
+        raise ConfigError(
+            f"a model of kind '{self.model.kind}' has no embeddings to compare, so there is nothing to search or to "
+            "rank; this takes one of kind 'retriever'"
+        )
+
+    @property
+    def metric(self) -> str:
+        """By which the best checkpoint is chosen; more is better."""
+        metrics = {"retriever": "val/rsum", "captioner": "val/log_likelihood", "slot_autoencoder": "val/psnr"}
+        return metrics[self.model.kind]
+
+    @property
+    def _image_encoder(self) -> Any:
+        return getattr(self.model, "image_encoder", None)
+
+    @model_validator(mode="after")
+    def _loss_and_similarity_fit(self) -> Self:
+        if not isinstance(self.model, ModelConfig):
+            return self
+        sets, similarity = self.model.set_prediction, self.similarity.kind
+        samples = sets.samples if isinstance(sets, GaussianConfig) else None
+        needs: list[tuple[bool, str]] = [
+            (
+                (similarity == "cross_attention") == (sets.kind == "fragments"),
+                "similarity.kind=cross_attention and model.set_prediction.kind=fragments go together",
+            ),
+            (
+                similarity != "csd" or samples == 0,
+                "similarity.kind=csd compares distributions: set model.set_prediction.kind=gaussian and samples=0",
+            ),
+            (samples != 0 or similarity == "csd", "model.set_prediction.samples=0 goes with similarity.kind=csd alone"),
+            (
+                not isinstance(self.loss, SoftContrastiveConfig) or (similarity == "pcme" and bool(samples)),
+                "loss.kind=soft_contrastive goes with similarity.kind=pcme and model.set_prediction.kind=gaussian",
+            ),
+            (
+                not isinstance(self.loss, MatchingConfig) or similarity == "csd",
+                "loss.kind=matching goes with similarity.kind=csd",
+            ),
+            (
+                samples is None or isinstance(self.loss, SoftContrastiveConfig | MatchingConfig),
+                "model.set_prediction.kind=gaussian learns by loss.kind=soft_contrastive, or matching if samples=0",
+            ),
+            (
+                not isinstance(self.loss, HingeRankConfig) or sets.kind == "word_space",
+                "loss.kind=hinge_rank goes with model.set_prediction.kind=word_space",
+            ),
+        ]
+        if isinstance(self.loss, TripletConfig) and sets.kind == "fragments":
+            regularised = bool(self.loss.mmd_weight or self.loss.diversity_weight)
+            needs.append((not regularised, "fragments have no sets: set loss.mmd_weight=0 and loss.diversity_weight=0"))
+        for holds, told in needs:
+            if not holds:
+                raise ValueError(told)
+        return self
+
+    @model_validator(mode="after")
+    def _pretraining_is_of_a_retriever(self) -> Self:
+        if self.pretraining is not None and not isinstance(self.model, ModelConfig):
+            raise ValueError(f"pretraining comes before a retriever, not before a model of kind '{self.model.kind}'")
+        if self.pretraining is not None and getattr(self._image_encoder, "weights", None) is not None:
+            raise ValueError(
+                "pretraining and model.image_encoder.weights both say what the image encoder starts from: name one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pretext_reads_what_it_is_to_learn(self) -> Self:
+        if isinstance(self.model, CaptionerConfig) and self.data.word_drop:
+            raise ValueError("data.word_drop would teach a captioner words that were masked or exchanged: set it to 0")
+        if isinstance(self.model, SlotAutoencoderConfig):
+            self.model.doublings(self.data.image_size)
+        return self
 
     @model_validator(mode="after")
     def _there_is_a_backbone_to_freeze(self) -> Self:
-        if self.optimizer.frozen_backbone_epochs and not isinstance(self.model.image_encoder, GridConfig):
+        encoder = self._image_encoder
+        if self.optimizer.frozen_backbone_epochs and not isinstance(encoder, GridConfig):
+            kind = encoder.kind if encoder is not None else self.model.kind
             raise ValueError(
-                f"optimizer.frozen_backbone_epochs: an image encoder of kind '{self.model.image_encoder.kind}' has no "
+                f"optimizer.frozen_backbone_epochs: an image encoder of kind '{kind}' has no "
                 "backbone that could stand still; kind 'grid' has one"
             )
         return self
 
     @model_validator(mode="after")
     def _what_is_frozen_was_trained(self) -> Self:
-        encoder = self.model.image_encoder
-        if isinstance(encoder, GridConfig) and encoder.frozen_batch_norm and encoder.weights is None:
+        encoder = self._image_encoder
+        begins = self.pretraining is not None or getattr(encoder, "weights", None) is not None
+        if isinstance(encoder, GridConfig) and encoder.frozen_batch_norm and not begins:
             raise ValueError(
                 "model.image_encoder.frozen_batch_norm keeps the statistics that came with the weights, and no weights "
                 "are named: give model.image_encoder.weights, or set frozen_batch_norm=false"
@@ -145,7 +280,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _micro_batches_are_exact(self) -> Self:
-        encoder = self.model.image_encoder
+        encoder = self._image_encoder
         if self.train.micro_batch is not None and isinstance(encoder, GridConfig) and not encoder.frozen_batch_norm:
             raise ValueError(
                 "train.micro_batch would change the result: the backbone's batch normalisation takes its statistics "

@@ -23,7 +23,7 @@ from setwise.platform.run import Run
 def begin(outbox: Outbox, training: Run, recipe: Recipe, prepared: Prepared, start_tags: dict[str, str]) -> None:
     """Parameters, data, configuration, environment, commit and diff, and from which published weights it started
     (`start_tags`); once in the life of a run."""
-    if any(event["kind"] == "params" for event in run.read_events(outbox.path)):
+    if any(event["kind"] == "dataset" for event in run.read_events(outbox.path)):
         return
     identity = storage.read_json(training.folder / "run.json")
     flat = config.flatten(recipe)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from setwise.pipelines import batches
 from setwise.pipelines.prepare import Prepared
-from setwise.pipelines.trained_model import Retrieval
+from setwise.pipelines.system import System
 from setwise.platform import checkpoint
 from setwise.platform.errors import DataError
 from setwise.platform.run import Run
@@ -70,13 +70,13 @@ def newest(run: Run, say: Callable[[str], None] = log.warning) -> Path | None:
 
 
 def save(
-    run: Run, progress: Progress, metadata: Mapping[str, Any], retrieval: Retrieval, training: Mapping[str, Any]
+    run: Run, progress: Progress, metadata: Mapping[str, Any], system: System, training: Mapping[str, Any]
 ) -> Path:
     """Publish a checkpoint of this moment; `training` holds the states of optimizer and scaler."""
     within = {"step": progress.step, "epoch_seconds": progress.epoch_seconds, "seconds": progress.seconds}
     tensors = {"sums": progress.sums, "overflows": progress.overflows}
     folder = (run.steps if progress.step else run.checkpoints) / progress.name
-    checkpoint.save(folder, retrieval.state_dict(), metadata, {**training, "within": within | tensors})
+    checkpoint.save(folder, system.state_dict(), metadata, {**training, "within": within | tensors})
     if progress.step:
         names = sorted(path.name for path in run.steps.glob("epoch_*"))
         checkpoint.prune(run.steps, keep=names[-KEEP_STEPS:])
@@ -85,17 +85,18 @@ def save(
 
 def restore(
     folder: Path,
-    retrieval: Retrieval,
-    adamw: torch.optim.AdamW,
+    system: System,
+    optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     device: torch.device,
 ) -> Progress:
     """Load weights and the states of optimizer and scaler from a checkpoint, and say how far it had come."""
-    retrieval.load_state_dict(checkpoint.weights(folder))
+    system.load_state_dict(checkpoint.weights(folder))
     saved = checkpoint.training_state(folder)
-    adamw.load_state_dict(saved["optimizer"])
-    for group in adamw.param_groups:
-        group["fused"] = adamw.defaults["fused"]  # as this device has it, wherever the run began
+    optimizer.load_state_dict(saved["optimizer"])
+    if "fused" in optimizer.defaults:
+        for group in optimizer.param_groups:
+            group["fused"] = optimizer.defaults["fused"]  # as this device has it, wherever the run began
     scaler.load_state_dict(saved["scaler"])
     within = saved["within"]
     return Progress(

@@ -51,6 +51,15 @@ class Difference:
     p: float
 
 
+@dataclass(frozen=True)
+class Interval:
+    """A value in percent, and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 def metrics_of(outcome: Outcome) -> list[str]:
     """The values of an outcome that come of its queries one by one, which can be compared, in the order of tables:
     `rsum`, then direction by direction R@K by K, mAP@R, R-Precision."""
@@ -99,6 +108,30 @@ def differences(
     p_M = np.clip(2 * (beyond_M + 1) / (resamples + 1), 2.0 ** (1 - images), 1)
     each = zip(names, value_M, low_M, high_M, p_M, strict=True)
     return {name: Difference(*map(float, numbers)) for name, *numbers in each}
+
+
+def intervals(outcomes: Sequence[Outcome], *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Interval]:
+    """The metrics of one system on one benchmark, means over its seeds, with intervals as those of `differences`.
+
+    Raises:
+        ValueError: there is no outcome, protocols differ, or results of queries are missing.
+    """
+    _check(outcomes, outcomes)
+    names = metrics_of(outcomes[0])
+    random = np.random.default_rng(seed)
+    side = _Sums.of(outcomes, names)
+    images = side.totals.shape[-1]
+    value_M = side.values(np.ones((1, images))).mean(axis=1)[0]
+    drawn_RM = np.empty((resamples, len(names)))
+    for start in range(0, resamples, BLOCK):
+        block = drawn_RM[start : start + BLOCK]
+        picked = random.integers(0, images, (len(block), images))
+        counts_RI = np.array([np.bincount(row, minlength=images) for row in picked], dtype=np.float64)
+        block[:] = _mean_of_drawn_seeds(side.values(counts_RI), random)
+    tail = (100 - CONFIDENCE) / 2
+    low_M, high_M = np.percentile(drawn_RM, [tail, 100 - tail], axis=0)
+    each = zip(names, value_M, low_M, high_M, strict=True)
+    return {name: Interval(*(float(number.round(DIGITS)) for number in numbers)) for name, *numbers in each}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

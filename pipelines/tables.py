@@ -13,7 +13,7 @@ from rich.text import Text
 from setwise.pipelines import protocol, statistics
 from setwise.pipelines.benchmarks import Outcome
 from setwise.pipelines.compare import ALPHA, RESAMPLES, VALIDATION, Cell, Comparison, SideBySide, System, Verdict
-from setwise.pipelines.evaluate import OFFICIAL
+from setwise.pipelines.evaluate import OFFICIAL, TEST
 from setwise.pipelines.metrics import KS
 from setwise.pipelines.prepare import Prepared
 from setwise.pipelines.search import Answer
@@ -38,6 +38,10 @@ FEW_SEEDS = 5
 def outcome(measured: Outcome) -> RenderableType:
     """The values of one benchmark, a direction a row, with the protocol they were measured under."""
     values = measured.values
+    if measured.benchmark == TEST:
+        images, captions = measured.protocol["images"], measured.protocol["captions"]
+        said = f"{images:,} images and {captions:,} captions of the test split"
+        return Group(Text(said), *(Text(f"{TEST}/{name}: {value:.4g}") for name, value in values.items()))
     table = Table()
     table.add_column(measured.benchmark)
     columns = [end for end in COLUMNS if any(f"{direction}_{end}" in values for direction in DIRECTIONS)]

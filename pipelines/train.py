@@ -16,25 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from setwise.models.batch_loss import LossParts, batch_loss
-from setwise.pipelines import (
-    batches,
-    lineage,
-    optimizer,
-    prepare,
-    pretrained,
-    query_ranks,
-    records,
-    resume,
-    trained_model,
-    workers,
-)
+from setwise.pipelines import batches, lineage, optimizer, prepare, pretrained, records, resume, trained_model, workers
 from setwise.pipelines.batches import Share, Split
-from setwise.pipelines.ranking import Member
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.resume import Progress
-from setwise.pipelines.set_health import set_health
-from setwise.pipelines.trained_model import Retrieval
+from setwise.pipelines.system import System
 from setwise.pipelines.workers import Worker
 from setwise.platform import checkpoint, seeding, storage
 from setwise.platform.errors import DivergedError, StoppedError
@@ -42,7 +28,6 @@ from setwise.platform.outbox import Outbox
 from setwise.platform.run import Run
 
 Report = Callable[[dict[str, float]], None]
-METRIC = "val/rsum"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_OVERFLOWS = 50
 """Updates in a row that fp16 may leave out: each halves the scale, which starts at 2^16."""
@@ -89,22 +74,22 @@ def train(
 
     # Model and optimizer: the same initial weights on every worker.
     seeding.seed_everything(seeding.derive(config.seed, "weights"))
-    retrieval = Retrieval(recipe, len(words))
+    system = trained_model.untrained(recipe, len(words))
     # One worker looks, since looking sets a damaged checkpoint aside.
     damaged: list[str] = []
     newest = workers.from_first(resume.newest(run, damaged.append) if worker.rank == 0 else None, worker)
-    start_tags = {} if newest else pretrained.start(retrieval.retriever, recipe, words, store / "weights")
-    retrieval.to(device)
+    start_tags = {} if newest else pretrained.start(system, recipe, words, prepared, store)
+    system.to(device)
     if device.type == "cuda":
-        retrieval.to(memory_format=torch.channels_last)  # in which tensor cores read images
-    adamw = optimizer.make(retrieval, recipe.optimizer)
+        system.to(memory_format=torch.channels_last)  # in which tensor cores read images
+    descent = optimizer.make(system, recipe.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
     # Resume: 1. the newest checkpoint that verifies, at an epoch's end or within one; 2. else from the start.
     progress = Progress(overflows=torch.zeros((), device=device))
     if newest is not None:
         resume.check_data(newest, prepared, run)
-        progress = resume.restore(newest, retrieval, adamw, scaler, device)
+        progress = resume.restore(newest, system, descent, scaler, device)
     workers.synchronize(worker)
     outbox = Outbox(run.events) if worker.rank == 0 else None
     if outbox is not None:
@@ -114,28 +99,27 @@ def train(
         for values in progress.history:  # a crash may have fallen between a checkpoint and its event
             outbox.metrics(int(values["epoch"]), _recorded(values))
         if progress.history:
-            _point_to_best(run, progress.history)
+            _point_to_best(run, recipe.metric, progress.history)
     for values in progress.history:  # whoever restarted us knows nothing of the epochs before
         report(values)
 
     def keep() -> None:
         metadata = _metadata(recipe, words.words, batches.dataset_identity(prepared), run, progress.history)
-        resume.save(
-            run, progress, metadata, retrieval, {"optimizer": adamw.state_dict(), "scaler": scaler.state_dict()}
-        )
+        resume.save(run, progress, metadata, system, {"optimizer": descent.state_dict(), "scaler": scaler.state_dict()})
         kept()
 
     if config.compile:
-        retrieval.retriever.image_sets.compile()
-        retrieval.retriever.text_sets.compile()
-    forward: nn.Module | None = None
+        for part in system.compiled():
+            part.compile()
+    encoder: nn.Module | None = None
     started = time.monotonic() - progress.seconds
     for epoch in range(len(progress.history) + 1, config.epochs + 1):
-        retrieval.train()
-        if optimizer.freeze(retrieval, recipe.optimizer, epoch) or forward is None:
-            forward = workers.parallel(retrieval.retriever, worker)
+        system.train()
+        if optimizer.freeze(system, recipe.optimizer, epoch) or encoder is None:
+            encoder = workers.parallel(system.encoder, worker)
         sums = progress.sums
-        failure = torch.full((len(LossParts._fields) + 2,), -1.0, device=device)
+        failure = Failure(device)
+        measured = [values[recipe.metric] for values in progress.history]
 
         shares = batches.training_batches(
             training,
@@ -152,20 +136,20 @@ def train(
         with contextlib.closing(shares):  # whatever is made ahead ends with the loop
             for number, share in enumerate(shares, progress.step):
                 step = (epoch - 1) * steps_per_epoch + number
-                rate = optimizer.learning_rate(recipe.optimizer, step, total_steps, steps_per_epoch)
-                optimizer.set_learning_rate(adamw, rate)
+                rate = optimizer.learning_rate(recipe.optimizer, step, total_steps, steps_per_epoch, measured)
+                optimizer.set_learning_rate(descent, rate)
 
-                parts = global_loss(forward, retrieval, share.to(device), recipe, step / steps_per_epoch, worker)
-                norm = update(parts.total, retrieval, adamw, scaler, recipe.optimizer.clip_norm)
+                parts = global_loss(encoder, system, share.to(device), step / steps_per_epoch, worker)
+                norm = update(parts["total"], system, descent, scaler, recipe.optimizer.clip_norm)
 
                 # Numbers stay on the device: to look at one would wait for the GPU.
                 updated = norm.isfinite()  # in fp16 a gradient may overflow
                 progress.overflows = torch.where(updated, 0.0, progress.overflows + 1)
                 may_overflow = progress.overflows <= (MAX_OVERFLOWS if scaler.is_enabled() else 0)
-                failure = _first_failure(failure, step, parts, norm, may_overflow)
+                failure.note(step, parts, norm, may_overflow)
                 if device.type == "cpu" or number % LOOK_EVERY == LOOK_EVERY - 1:
-                    _stop_at(failure, steps_per_epoch)
-                counted = {**parts._asdict(), "gradient_norm": torch.where(updated, norm, 0.0), "updates": updated}
+                    failure.stop(steps_per_epoch)
+                counted = {**parts, "gradient_norm": torch.where(updated, norm, 0.0), "updates": updated}
                 for name, value in counted.items():
                     sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
 
@@ -174,17 +158,18 @@ def train(
                 if worker.rank == 0:
                     asked = run.stop.exists() or notice()
                     if asked or _is_due(progress.step, steps_per_epoch, config.checkpoint_steps):
-                        _stop_at(failure, steps_per_epoch)  # what is not finite is never kept
+                        failure.stop(steps_per_epoch)  # what is not finite is never kept
                         now = time.monotonic()
                         progress.epoch_seconds, progress.seconds = now - epoch_started, now - started
                         keep()
                     if asked:
                         raise StoppedError(f"stopped in epoch {epoch}, after step {progress.step} of {steps_per_epoch}")
-        _stop_at(failure, steps_per_epoch)  # which waits for a GPU, so that the clock is read after its last step
+        failure.stop(steps_per_epoch)  # which waits for a GPU, so that the clock is read after its last step
         epoch_seconds = time.monotonic() - epoch_started
 
         # The epoch's end: validate, checkpoint, then tell; in this order, so that what was told can be found again.
-        last = optimizer.learning_rate(recipe.optimizer, epoch * steps_per_epoch - 1, total_steps, steps_per_epoch)
+        last_step = epoch * steps_per_epoch - 1
+        last = optimizer.learning_rate(recipe.optimizer, last_step, total_steps, steps_per_epoch, measured)
         values = {"epoch": float(epoch), "train/lr": last}
         updates = float(sums.pop("updates"))
         values |= {f"train/{name}": float(value) / steps_per_epoch for name, value in sums.items()}
@@ -192,12 +177,13 @@ def train(
         images_seen = min(steps_per_epoch * config.batch_size, len(training))
         values["train/images_per_second"] = images_seen / epoch_seconds
         if worker.rank == 0:
-            values |= validate(retrieval, validation, config.eval_batch_size, device, config.loader_threads)
+            values |= system.validate(validation, config.eval_batch_size, device, config.loader_threads)
         values["train/seconds"] = time.monotonic() - started
+        values = workers.from_first(values, worker)  # on which the learning rate may depend
         progress = Progress([*progress.history, values], overflows=progress.overflows, seconds=values["train/seconds"])
         if outbox is not None:
             keep()
-            best = _point_to_best(run, progress.history)
+            best = _point_to_best(run, recipe.metric, progress.history)
             newest_epochs = range(epoch, epoch - config.keep_checkpoints, -1)
             checkpoint.prune(run.checkpoints, keep={best, *map(resume.epoch_name, newest_epochs)})
             checkpoint.prune(run.steps, keep=())
@@ -209,57 +195,30 @@ def train(
         report(values)
 
 
-def global_loss(
-    forward: nn.Module, retrieval: Retrieval, share: Share, recipe: Recipe, epoch: float, worker: Worker
-) -> LossParts:
-    """The loss of one global batch, the same on every worker, of which each differentiates its own share."""
-    batch, train = share.batch, recipe.train
-    with torch.autocast(worker.device.type, PRECISIONS[train.precision], enabled=train.precision != "fp32"):
-        images, texts = forward(
-            batch.images,
-            batch.tokens,
-            batch.lengths,
-            image_keys=share.image_keys,
-            text_keys=share.text_keys,
-            micro_batch=train.micro_batch,
-        )
+def global_loss(encoder: nn.Module, system: System, share: Share, epoch: float, worker: Worker) -> dict[str, Tensor]:
+    """The loss of one global batch by parts, the same on every worker, of which each differentiates its own share."""
+    precision = system.recipe.train.precision
+    with torch.autocast(worker.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+        images, texts = system.encode(encoder, share)
     images = workers.gather(images, share.images, worker)
     texts = workers.gather(texts, share.captions, worker)
-    return batch_loss(images, texts, share.owners, retrieval.similarity, recipe.loss, recipe.loss.negatives_at(epoch))
+    return system.loss(images, texts, share.owners, epoch)
 
 
 def update(
-    loss: Tensor, module: nn.Module, adamw: torch.optim.AdamW, scaler: torch.amp.GradScaler, clip_norm: float
+    loss: Tensor, module: nn.Module, descent: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_norm: float
 ) -> Tensor:
     """One update of the weights of `module`, by the gradient of `loss`, whose norm is returned and then limited.
 
     In fp16 nothing is updated where a gradient overflowed, and the scale is lowered.
     """
-    adamw.zero_grad(set_to_none=True)
+    descent.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    scaler.unscale_(adamw)
+    scaler.unscale_(descent)
     norm = nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
-    scaler.step(adamw)
+    scaler.step(descent)
     scaler.update()
     return norm
-
-
-def validate(
-    retrieval: Retrieval, split: Split, batch_size: int, device: torch.device, threads: int = 0
-) -> dict[str, float]:
-    """R@K and RSUM on the validation split, as `val/...`, and the health of its sets, as `sets/...`.
-
-    Draws no random number.
-
-    Raises:
-        DivergedError: an embedding is not finite.
-    """
-    sets = trained_model.embed(retrieval.retriever, split, batch_size, device, threads)
-    members = [Member(sets.image_sets, sets.text_sets, retrieval.similarity)]
-    query_ranks.check_finite(members, "validation")
-    values = query_ranks.own_metrics(members, sets.owners.numpy(), device)
-    health = set_health(sets.image_sets, sets.text_sets, sets.owners)
-    return {f"val/{name}": value for name, value in values.items()} | health
 
 
 def _recorded(values: dict[str, float]) -> dict[str, float]:
@@ -280,6 +239,7 @@ def _metadata(
         "run": run.name,
         "lineage": lineage.of(run, recipe),
         "epoch": len(history),
+        "metric": recipe.metric,
         "recipe": recipe.model_dump(mode="json"),
         "vocabulary": words,
         "data": data,
@@ -287,32 +247,40 @@ def _metadata(
     }
 
 
-def _point_to_best(run: Run, history: list[dict[str, float]]) -> str:
+def _point_to_best(run: Run, metric: str, history: list[dict[str, float]]) -> str:
     """Name the best checkpoint in `best.json`; of equals, the earlier."""
-    best = max(history, key=lambda values: values[METRIC])
+    best = max(history, key=lambda values: values[metric])
     name = resume.epoch_name(int(best["epoch"]))
-    storage.write_json(run.folder / "best.json", {"checkpoint": name, "metric": METRIC, "value": best[METRIC]})
+    storage.write_json(run.folder / "best.json", {"checkpoint": name, "metric": metric, "value": best[metric]})
     return name
 
 
-def _first_failure(failure: Tensor, step: int, parts: LossParts, norm: Tensor, may_overflow: Tensor) -> Tensor:
-    """`failure` (step, parts of the loss, gradient norm), once it holds a step; else of this step if it is not finite.
+class Failure:
+    """The first step of an epoch whose loss or gradient was not finite, kept on the device."""
 
-    The loss has to be, and the gradient norm unless it `may_overflow`.
-    """
-    values = torch.stack([value.detach().float() for value in (*parts, norm)])
-    finite = values[:-1].isfinite().all() & (norm.isfinite() | may_overflow)
-    return torch.where((failure[0] >= 0) | finite, failure, torch.cat([values.new_full((1,), step), values]))
+    def __init__(self, device: torch.device) -> None:
+        self.names: list[str] = []
+        self.first = torch.full((), -1.0, device=device)
+        self.values = self.first.new_empty(0)
 
+    def note(self, step: int, parts: dict[str, Tensor], norm: Tensor, may_overflow: Tensor) -> None:
+        """The parts of the loss have to be finite, and the gradient norm unless it `may_overflow`."""
+        values = torch.stack([value.detach().float() for value in (*parts.values(), norm)])
+        if not self.names:
+            self.names, self.values = [*parts, "gradient norm"], values
+        finite = values[:-1].isfinite().all() & (norm.isfinite() | may_overflow)
+        known = (self.first >= 0) | finite
+        self.values = torch.where(known, self.values, values)
+        self.first = torch.where(known, self.first, float(step))
 
-def _stop_at(failure: Tensor, steps_per_epoch: int) -> None:
-    """Raises DivergedError if a failure is recorded."""
-    step, *parts, norm = failure.tolist()
-    if step < 0:
-        return
-    told = ", ".join(f"{name} {value:g}" for name, value in zip(LossParts._fields, parts, strict=True))
-    raise DivergedError(
-        "the loss or its gradient is not finite any more at step "
-        f"{step:.0f} (epoch {step // steps_per_epoch + 1:.0f}): {told}, gradient norm {norm:g}. "
-        "The checkpoints before it are kept. Try a lower optimizer.lr or optimizer.clip_norm."
-    )
+    def stop(self, steps_per_epoch: int) -> None:
+        """Raises DivergedError if there was such a step; on a GPU this waits."""
+        step = int(self.first)
+        if step < 0:
+            return
+        told = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, self.values.tolist(), strict=True))
+        raise DivergedError(
+            "the loss or its gradient is not finite any more at step "
+            f"{step} (epoch {step // steps_per_epoch + 1}): {told}. "
+            "The checkpoints before it are kept. Try a lower optimizer.lr or optimizer.clip_norm."
+        )

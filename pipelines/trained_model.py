@@ -6,48 +6,23 @@ again.
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from setwise.models.retriever import SetRetriever
-from setwise.models.similarity import Similarity
-from setwise.pipelines import batches
-from setwise.pipelines.batches import Batch, Split
+from setwise.models.config import ModelConfig
+from setwise.models.pretext_config import CaptionerConfig, SlotAutoencoderConfig
+from setwise.pipelines import batches, embeddings
+from setwise.pipelines.pretext import Captioning, ObjectDiscovery
 from setwise.pipelines.recipe import Recipe
+from setwise.pipelines.retrieval import Retrieval
+from setwise.pipelines.system import System
 from setwise.pipelines.word_pieces import Words, tokeniser
 from setwise.platform import checkpoint, storage
-from setwise.platform.errors import DataError
-
-SCORE_BLOCK = (64, 1024)
-"""Images and captions that are compared at once: with K = 4 their cosines take 4 MB, which stay in a CPU's cache."""
-
-
-class Retrieval(nn.Module):
-    """What is trained, saved and evaluated as one: the two encoders and the similarity between their sets."""
-
-    def __init__(self, recipe: Recipe, vocabulary_size: int) -> None:
-        super().__init__()
-        self.retriever = SetRetriever(recipe.model, vocabulary_size)
-        self.similarity = Similarity(recipe.similarity)
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """The sets of a split, on the CPU. Captions are in the order of their images.
-
-    image_sets (I,K,D) and text_sets (T,J,D) are float32 unit vectors; owners (T,) is the index of each caption's image.
-    """
-
-    image_sets: Tensor
-    text_sets: Tensor
-    image_ids: Tensor
-    caption_ids: Tensor
-    owners: Tensor
+from setwise.platform.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -85,7 +60,18 @@ class TrainedModel:
 
     def scores(self, image_sets: Tensor, text_sets: Tensor) -> Tensor:
         """(I,K,D) against (T,J,D) to (I,T) on the CPU."""
-        return score(self.retrieval.similarity, image_sets, text_sets, self.device)
+        return embeddings.score(self.retrieval.similarity, image_sets, text_sets, self.device)
+
+
+def untrained(recipe: Recipe, vocabulary_size: int) -> System:
+    """The system of a recipe, with random weights."""
+    match recipe.model:
+        case ModelConfig():
+            return Retrieval(recipe, vocabulary_size)
+        case CaptionerConfig():
+            return Captioning(recipe, vocabulary_size)
+        case SlotAutoencoderConfig():
+            return ObjectDiscovery(recipe)
 
 
 def default_device() -> torch.device:
@@ -97,6 +83,21 @@ def load(folder: Path, device: torch.device | None = None) -> TrainedModel:
     """The model of a checkpoint, verified, in evaluation mode.
 
     Raises:
+        ConfigError: its model embeds nothing.
+        DataError: the checkpoint is damaged or of another kind.
+    """
+    system, vocabulary, metadata = load_system(folder, device)
+    if not isinstance(system, Retrieval):
+        raise ConfigError(
+            f"{folder} holds a model of kind '{system.recipe.model.kind}', which has no embeddings to search or to rank"
+        )
+    return TrainedModel(system, system.recipe, vocabulary, metadata, device or default_device())
+
+
+def load_system(folder: Path, device: torch.device | None = None) -> tuple[System, Words, dict[str, Any]]:
+    """Whatever a checkpoint holds, verified, in evaluation mode; its words, and its metadata with `weights_sha256`.
+
+    Raises:
         DataError: the checkpoint is damaged or of another kind.
     """
     checkpoint.verify(folder)
@@ -105,46 +106,12 @@ def load(folder: Path, device: torch.device | None = None) -> TrainedModel:
         recipe = Recipe.model_validate(metadata["recipe"])
         vocabulary = tokeniser(tuple(metadata["vocabulary"]))
     except (KeyError, ValueError) as error:
-        raise DataError(f"{folder}: not a checkpoint of a retrieval model ({error})") from error
-    device = device or default_device()
-    retrieval = Retrieval(recipe, len(vocabulary))
+        raise DataError(f"{folder}: not a checkpoint of a model of setwise ({error})") from error
+    system = untrained(recipe, len(vocabulary))
     try:
-        retrieval.load_state_dict(checkpoint.weights(folder))
+        system.load_state_dict(checkpoint.weights(folder))
     except RuntimeError as error:
         raise DataError(f"{folder}: its weights do not fit; another version of setwise wrote it. {error}") from error
-    retrieval.to(device).eval()
+    system.to(device or default_device()).eval()
     weights = storage.read_json(folder / checkpoint.MANIFEST)["files"][checkpoint.WEIGHTS]["sha256"]
-    return TrainedModel(retrieval, recipe, vocabulary, metadata | {"weights_sha256": weights}, device)
-
-
-@torch.inference_mode()
-def score(similarity: Similarity, image_sets: Tensor, text_sets: Tensor, device: torch.device) -> Tensor:
-    """(I,K,D) against (T,J,D) to (I,T) float32 on the CPU, computed on `device` block by block."""
-    scores = torch.empty(len(image_sets), len(text_sets))
-    images, texts = image_sets.to(device), text_sets.to(device)
-    rows, columns = SCORE_BLOCK
-    for i in range(0, len(images), rows):
-        for t in range(0, len(texts), columns):
-            scores[i : i + rows, t : t + columns] = similarity(images[i : i + rows], texts[t : t + columns])
-    return scores
-
-
-@torch.inference_mode()
-def embed(retriever: SetRetriever, split: Split, batch_size: int, device: torch.device, threads: int = 0) -> Embeddings:
-    """Encode each image and each caption of a split once, in evaluation mode; `threads` make the batches ahead."""
-    was_training = retriever.training
-    retriever.eval()
-    images, texts = [], []
-    with closing(batches.in_order(split, batch_size, threads)) as whole:
-        for batch in whole:
-            on_device: Batch = batch.to(device)
-            images.append(retriever.encode_images(on_device.images).sets.float().cpu())
-            texts.append(retriever.encode_texts(on_device.tokens, on_device.lengths).sets.float().cpu())
-    retriever.train(was_training)
-    return Embeddings(
-        image_sets=torch.cat(images),
-        text_sets=torch.cat(texts),
-        image_ids=torch.from_numpy(split.image_ids.copy()),
-        caption_ids=torch.from_numpy(split.caption_ids.copy()),
-        owners=torch.from_numpy(split.owners.copy()),
-    )
+    return system, vocabulary, metadata | {"weights_sha256": weights}

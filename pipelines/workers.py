@@ -6,14 +6,15 @@ workers. Shares may differ in size.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
 from setwise.models import batch_norm
-from setwise.models.set_prediction import SetEmbedding
+
+Rows = TypeVar("Rows", bound=tuple[Any, ...] | None)
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,16 @@ def parallel(module: nn.Module, worker: Worker) -> nn.Module:
     return nn.parallel.DistributedDataParallel(module)
 
 
-def gather(embedding: SetEmbedding, counts: tuple[int, ...], worker: Worker) -> SetEmbedding:
-    """Sets and slots of all workers, (sum of counts,K,D), in the order of ranks; only one's own rows have a gradient.
+def gather(rows: Rows, counts: tuple[int, ...], worker: Worker) -> Rows:
+    """What all workers made of their samples, in the order of ranks; only one's own rows have a gradient.
 
-    `counts` says how many rows each worker has.
+    Args:
+        rows: a named tuple, whose tensors have a row a sample; what is no tensor stays one's own. Or None.
+        counts: how many samples each worker has.
     """
-    if worker.world == 1:
-        return embedding
-    return SetEmbedding(_gather(embedding.sets, counts, worker), _gather(embedding.slots, counts, worker))
+    if worker.world == 1 or rows is None:
+        return rows
+    return type(rows)(*(_gather(one, counts, worker) if isinstance(one, Tensor) else one for one in rows))
 
 
 def _gather(rows: Tensor, counts: tuple[int, ...], worker: Worker) -> Tensor:

@@ -251,14 +251,16 @@ def _explain(model: type[BaseModel], layer: Layer, item: dict[str, Any]) -> str:
     place = place_of(layer, keys)
     if item["type"] == "extra_forbidden":
         nearest = nearest_name(name, dotted_names(model))
+        if nearest != name:
+            nearest = nearest_name(name, dotted_names(model, layer.values))
         if nearest and nearest.rpartition(".")[0] == ".".join(map(str, keys[:-2])):  # of a section with a free name
             nearest = ".".join([*map(str, keys[:-1]), nearest.rpartition(".")[2]])
         if nearest == name:  # of another kind of section
             sections = (_lookup(layer.values, keys[:length]) for length in range(len(keys) - 1, -1, -1))
-            kind = next(
-                (section["kind"] for section in sections if isinstance(section, dict) and "kind" in section), ""
-            )
-            return f"{place}: '{name}' is not a setting where the kind is '{kind}'."
+            kind = next((one["kind"] for one in sections if isinstance(one, dict) and "kind" in one), None)
+            if kind is not None:
+                return f"{place}: '{name}' is not a setting where the kind is '{kind}'."
+            nearest = nearest_name(name, dotted_names(model, layer.values))
         hint = f" Did you mean '{nearest}'?" if nearest else ""
         return f"{place}: '{name}' is not a setting.{hint}"
     if item["type"] == "missing":
@@ -292,12 +294,24 @@ def place_of(layer: Layer, keys: Keys) -> Place:
     return Place(sources.pop() if len(sources) == 1 else "configuration")
 
 
-def dotted_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every setting of a model and of the models inside it, sections included."""
+def dotted_names(model: type[BaseModel], values: Any = None, prefix: str = "") -> Iterator[str]:
+    """Every setting of a model and of the models inside it, sections included; with `values`, of a section that may be
+    of several kinds only those of the kind that it names, or has unless it names one."""
     for key, info in model.model_fields.items():
         yield prefix + key
-        for inner in _models_in(info.annotation):
-            yield from dotted_names(inner, f"{prefix}{key}.")
+        inside = None if values is None else (values.get(key) or {}) if isinstance(values, dict) else {}
+        for inner in _of_kind(list(_models_in(info.annotation)), inside):
+            yield from dotted_names(inner, inside, f"{prefix}{key}.")
+
+
+def _of_kind(models: list[type[BaseModel]], section: Any) -> list[type[BaseModel]]:
+    """Those of the kind that a section names; else the one that is meant if it names none; else all."""
+    if section is None or len(models) < 2:
+        return models
+    kinds = {model: model.model_fields["kind"] for model in models if "kind" in model.model_fields}
+    named = section.get("kind") if isinstance(section, dict) else None
+    meant = [one for one, field in kinds.items() if named in typing.get_args(field.annotation)]
+    return meant or [one for one, field in kinds.items() if not field.is_required()] or models
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -83,7 +83,7 @@ class Analysis:
     def advice(self) -> str:
         """What is to be done before one of them is called the best; nothing where it was done, or cannot be."""
         complete = any(row.state == "complete" for row in self.rows)
-        can_be = complete and self.confirmation is None and self.spec.population is None
+        can_be = complete and self.confirmation is None and self.spec.population is None and not self.spec.variants
         return report.to_confirm(self.name) if can_be else ""
 
     def counts(self) -> str:

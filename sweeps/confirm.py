@@ -71,6 +71,11 @@ def confirm(name: str, store: Path, tracker: Tracker, say: Say, best: int, seeds
             f"study '{name}' changed settings in the middle of its trainings, so that there is none to repeat. "
             "Train a recipe with the settings it ended with: setwise train RECIPE a.b=v... --seeds 3"
         )
+    if spec.variants:
+        raise ConfigError(
+            f"study '{name}' trains each of its variants with several seeds already. For more of them, run it under "
+            "another name with more: setwise sweep STUDY seeds=5 --name NAME"
+        )
     prepared = prepare.open_prepared(base.data.name, store)
     if prepared.fingerprint != data:
         raise DataError(

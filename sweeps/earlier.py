@@ -9,6 +9,7 @@ from typing import Any
 from setwise.pipelines import references
 from setwise.pipelines.recipe import Recipe
 from setwise.platform import config
+from setwise.platform.errors import ConfigError
 from setwise.platform.run import Run
 from setwise.sweeps.space import Study, with_values
 
@@ -25,8 +26,10 @@ def settings(
     another number of epochs may stand behind them.
 
     Raises:
-        ConfigError: there is no such study or run.
+        ConfigError: there is no such study or run, or the study has variants.
     """
+    if sources and spec.variants:
+        raise ConfigError("a study of variants trains all of them, so there are no settings to try first")
     found: dict[str, dict[str, Any]] = {}
     for source in sources:
         for run in _best(source, store):

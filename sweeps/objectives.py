@@ -32,7 +32,7 @@ def costs(
     """
     found: dict[str, float] = {}
     if "embedding_size" in objectives:
-        found["embedding_size"] = float(recipe.model.set_prediction.num_slots * recipe.model.embed_size)
+        found["embedding_size"] = float(recipe.retriever.set_prediction.num_slots * recipe.retriever.embed_size)
     if "query_ms" in objectives:
         found["query_ms"] = query_ms(recipe, vocabulary_size, device)
     return found
@@ -43,10 +43,10 @@ def query_ms(recipe: Recipe, vocabulary_size: int, device: torch.device) -> floa
     import torch
     from torch.nn import functional
 
-    from setwise.pipelines.trained_model import Retrieval
+    from setwise.pipelines.retrieval import Retrieval
 
     retrieval = Retrieval(recipe, vocabulary_size).to(device).eval()
-    slots, width = recipe.model.set_prediction.num_slots, recipe.model.embed_size
+    slots, width = recipe.retriever.set_prediction.num_slots, recipe.retriever.embed_size
     gallery = functional.normalize(torch.randn(GALLERY, slots, width, device=device), dim=-1)
     tokens = torch.ones(1, WORDS, dtype=torch.long, device=device)
     seconds = []

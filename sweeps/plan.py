@@ -14,7 +14,11 @@ from setwise.sweeps.space import Study
 def describe(spec: Study, base: Recipe, name: str, store: Path, on: str | None) -> str:
     """The study in some lines: what varies, how trials are stopped, and on a preset how long it would take at most."""
     trials = "1 trial" if spec.trials == 1 else f"{spec.trials} trials"
-    lines = [f"study '{name}' of {spec.recipe}: {trials} of at most {base.train.epochs} epochs"]
+    of = f"of {spec.recipe}" if not spec.variants else f"of {len(spec.variants)} variants"
+    lines = [f"study '{name}' {of}: {trials} of at most {base.train.epochs} epochs"]
+    for variant, its in spec.variants.items():
+        own = "".join(f", {setting}={value}" for setting, value in its.overrides.items())
+        lines.append(f"  {variant} ({its.group}): {its.recipe or spec.recipe}{own}")
     for setting, domain in spec.space.items():
         form = ", ".join(f"{key} {value}" for key, value in domain.model_dump(exclude_none=True, mode="json").items())
         lines.append(f"  {setting}: {form}")
@@ -41,12 +45,14 @@ def _way(spec: Study) -> str:
 def _hours(spec: Study, base: Recipe, store: Path, on: str | None) -> str:
     if on is None:
         return "how long it takes is said for hardware: --on PRESET"
+    recipes = [spec.recipe_of(base, values) for values in spec.grid()[: spec.trials]] if spec.variants else [base]
     try:
-        of = estimate.sizes(base, store)
+        of = [estimate.sizes(recipe, store) for recipe in recipes]
     except DataError as error:
         return f"how long it takes cannot be said: {error}"
     preset = hardware.load(on)[0]
-    seconds = (estimate.estimate(base, of, preset).seconds or 0.0) * spec.trials
+    each = (estimate.estimate(*one, preset).seconds or 0.0 for one in zip(recipes, of, strict=True))
+    seconds = sum(each) * spec.trials / len(recipes)
     at_once = max(1, preset.count // base.train.workers)
     trials = "1 trial" if at_once == 1 else f"{at_once} trials"
     return (

@@ -157,7 +157,7 @@ class Outcome:
     stopped: str | None = None
     front: tuple[Point, ...] = ()
     repeatable: bool = True
-    """Whether a trial can be trained again with another seed: not where settings changed in the middle."""
+    """Whether to train the best again with other seeds: not where settings changed in the middle, or all have been."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,16 @@ def outcome_of(
     complete, pruned, running = (states.count(state) for state in ("COMPLETE", "PRUNED", "RUNNING"))
     best = references.best_of(name, store) if complete + pruned else None
     return Outcome(
-        name, complete, pruned, failed, best, importance(study), running, stopped, front_of(study, spec, name)
+        name,
+        complete,
+        pruned,
+        failed,
+        best,
+        importance(study),
+        running,
+        stopped,
+        front_of(study, spec, name),
+        repeatable=spec.population is None and not spec.variants,
     )
 
 

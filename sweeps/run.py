@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from setwise.pipelines import hardware, prepare, pretrained, records, references, worker_group
+from setwise.pipelines import hardware, lineage, prepare, pretrained, records, references, worker_group
 from setwise.pipelines.recipe import Recipe, TrainConfig
 from setwise.platform import cluster, config, run, storage
 from setwise.platform.errors import SetwiseError
+from setwise.platform.run import Run
 from setwise.platform.tracking import Courier, Tracker
 from setwise.sweeps import analysis, earlier, report, study_run
 from setwise.sweeps.limits import Limits, Stopped, forget_stop
@@ -52,7 +53,8 @@ def run_study(
     folder = store / "studies" / run.check_name(name)
     run.check_name(f"{name}-000-seed1")  # as its runs will be called
     prepared = prepare.open_prepared(base.data.name, store)
-    pretrained.locate(base, store / "weights")
+    for recipe in spec.each_recipe(base):
+        pretrained.locate(recipe, store / "weights")
     default = default_values(spec, base)
     grid = [(values, "grid") for values in spec.grid()] if spec.sampler == "grid" else []
     first = earlier.distinct([(default, "recipe"), *earlier.settings(warm_start, spec, base, store, say), *grid])
@@ -83,10 +85,19 @@ def run_study(
                 stopped = _tune(spec, base, name, store, study, courier, failures)
                 done = studies.finished(study)
             _reconcile(study, name, store)
+            trials = [references.trial_run(name, trial.number, store) for trial in done]
+            for parent in {one["run"] for trial in trials for one in lineage.parents(trial)}:
+                courier.add(Run(store / "runs" / parent), ended=True)  # a pre-training, which is nobody's trial
             outcome = report.outcome_of(study, spec, name, store, failures, stopped)
             study_run.end(parent, spec, outcome)
             try:
                 analysis.write(study, spec, name, store)
+                if spec.variants:
+                    from setwise.sweeps import deck
+
+                    deck.keep(spec, name, store)
+                    if stopped is None:
+                        say(f"the deck of the study: {deck.write(study, spec, name, store, say)}")
             except Exception as error:  # a page that cannot be written takes no result away
                 say(f"the page of the study was not written: {error}")
         shutil.rmtree(folder / "tune", ignore_errors=True)
@@ -113,7 +124,7 @@ def _tune(
         table.update(trial.number, trial.params, state, epochs, studies.value_of(trial))
     folder = store / "studies" / name
     watch = Watch(table, courier, name, store, Limits(folder, spec, share.gpus), study)
-    settings = settings_of(name, base, store, spec.objectives, population=spec.population is not None)
+    settings = settings_of(name, base, store, spec.objectives, spec.population is not None, spec.variants)
     tuner = make_tuner(
         tune.with_parameters(train_trial, settings=settings),
         share,

@@ -1,16 +1,17 @@
 """A study: which recipe, which settings vary and over what, how many trials and when to stop one.
 
 Studies are YAML, one a file, and speak of settings by the same dotted names as recipes and overrides do. They are
-checked against the recipe before anything starts: names, kinds and bounds.
+checked against the recipe before anything starts: names, kinds and bounds. Instead of a space a study may have
+variants, whole systems that are trained with several seeds each: the grid of both is its space.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,6 +22,7 @@ from setwise.platform import config
 from setwise.platform.config import Layer, Settings
 from setwise.platform.errors import ConfigError
 from setwise.sweeps.domain import Domain
+from setwise.sweeps.variants import NAME, VARIANT, Deck, Variant, as_layer, resolved, space_of
 
 FOLDER = Path(__file__).parent
 Objective = Literal["val/rsum", "embedding_size", "query_ms"]
@@ -67,7 +69,43 @@ class Study(Settings):
     population: Population | None = Field(None, description="PBT instead of a sampler that learns")
     max_hours: float | None = Field(None, gt=0, description="of the sweep, all of its starts together")
     max_gpu_hours: float | None = Field(None, gt=0, description="of all trials together")
+    variants: dict[Annotated[str, Field(pattern=NAME)], Variant] = Field(
+        default_factory=dict, description="systems to be trained, each with several seeds, instead of a space"
+    )
+    seeds: int = Field(3, ge=1, le=1000, description="of each variant, from 0 on")
+    deck: Deck = Field(Deck(), description="what the page of the variants shows, and what they are to show")
     space: dict[str, Domain] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _variants_are_a_grid(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(given := values.get("variants"), dict) or not given:
+            return values
+        seeds = values.get("seeds", cls.model_fields["seeds"].default)
+        if type(seeds) is not int or seeds < 1:
+            return values
+        if len(given) < 2:
+            raise ValueError("variants: give two or more, to be compared")
+        space = space_of(list(map(str, given)), seeds)
+        return {"sampler": "grid", "trials": len(given) * seeds, "space": space, **values}
+
+    @model_validator(mode="after")
+    def _are_variants(self) -> Study:
+        if not self.variants:
+            if self.deck != Deck():
+                raise ValueError("deck: it is the page of a study with variants")
+            return self
+        expected = space_of(list(self.variants), self.seeds)
+        if self.space != {name: Domain.model_validate(domain) for name, domain in expected.items()}:
+            raise ValueError("space: variants and their seeds are the space of this study; leave one of the two out")
+        if self.sampler != "grid" or self.pruning is not None or self.population is not None:
+            raise ValueError("variants are a grid: sampler, pruning and population do not go with them")
+        if self.objectives != ("val/rsum",):
+            raise ValueError("objectives: variants are trained for val/rsum alone; their page shows what they cost")
+        for where, name in self.deck.named().items():
+            if name not in self.variants:
+                raise ValueError(f"deck.{where}: {config.no_such('variant', name, list(self.variants))}")
+        return self
 
     @model_validator(mode="after")
     def _goes_together(self) -> Study:
@@ -102,7 +140,24 @@ class Study(Settings):
     @property
     def identity(self) -> Study:
         """What makes it this study: how much of it is worked off may change."""
-        return self.model_copy(update={"trials": 1, "max_hours": None, "max_gpu_hours": None})
+        return self.model_copy(update={"trials": 1, "max_hours": None, "max_gpu_hours": None, "deck": Deck()})
+
+    def recipe_of(self, base: Recipe, values: Mapping[str, Any]) -> Recipe:
+        """The recipe of a trial with these values; of a study without variants, `base` with them."""
+        settings = {name: value for name, value in values.items() if name != VARIANT}
+        return with_values(self.variants[values[VARIANT]].trained if VARIANT in values else base, settings)
+
+    def each_recipe(self, base: Recipe) -> list[Recipe]:
+        """Those of all variants, or the only one."""
+        return [variant.trained for variant in self.variants.values()] or [base]
+
+    def changed(self, change: Callable[[Recipe], Recipe]) -> Study:
+        """The study with each variant changed so."""
+        new = {
+            name: one.model_copy(update={"settings": change(one.trained).model_dump(mode="json")})
+            for name, one in self.variants.items()
+        }
+        return self.model_copy(update={"variants": new})
 
     def varies(self, name: str, values: Mapping[str, Any]) -> bool:
         """Whether a setting of the space is drawn where the settings are `values`; else the recipe's own stays."""
@@ -122,7 +177,7 @@ def find(name: str) -> Path:
 
 def is_study(path: Path) -> bool:
     """Whether a YAML file is meant as a study and not as a recipe."""
-    return "space" in config.read_yaml(path).values
+    return not {"space", "variants"}.isdisjoint(config.read_yaml(path).values)
 
 
 def load(name: str, overrides: list[str] | None = None, on: str | None = None) -> tuple[Study, Recipe]:
@@ -139,10 +194,15 @@ def load(name: str, overrides: list[str] | None = None, on: str | None = None) -
     of_study = [text for text in overrides or [] if text.partition("=")[0].partition(".")[0] in study_fields]
     of_recipe = [text for text in overrides or [] if text not in of_study]
     study = config.build(Study, layer, of_study)
-    recipe_layer = config.load_layers(recipes.find(study.recipe), recipes.find)
-    if on is not None:
-        recipe_layer = recipe_layer.merge(hardware.load(on)[1])
-    fixed = _as_layer(study.overrides, layer, "overrides")
+    preset = hardware.load(on)[1] if on is not None else Layer()
+    fixed = as_layer(study.overrides, layer, ("overrides",))
+    if study.variants:
+        for text in of_recipe:
+            fixed = fixed.merge(config.parse_override(text))
+        study = study.model_copy(update=resolved(study, layer, preset, fixed))
+        first = next(iter(study.variants.values())).trained
+        return study, study.recipe_of(first, study.grid()[0])
+    recipe_layer = config.load_layers(recipes.find(study.recipe), recipes.find).merge(preset)
     base = config.build(Recipe, recipe_layer.merge(fixed), of_recipe)
     _check_space(study, base, layer)
     changed = _changed(base, recipe_layer.merge(fixed), of_recipe)
@@ -160,22 +220,6 @@ def _changed(base: Recipe, below: Layer, overrides: list[str]) -> dict[str, Any]
     names = {name for text in overrides for name in config.flatten(config.parse_override(text).values)}
     after = config.flatten(base)
     return {name: after[name] for name in sorted(names & set(after)) if before.get(name, ()) != after[name]}
-
-
-def _as_layer(values: dict[str, Any], source: Layer, section: str) -> Layer:
-    """{dotted name: value} of a section of a study as a layer of a recipe, at the places where it was written."""
-    layer = Layer()
-    for name, value in values.items():
-        keys = tuple(name.split("."))
-        inner = layer.values
-        for key in keys[:-1]:
-            if not isinstance(inner.setdefault(key, {}), dict):
-                raise ConfigError(f"{config.place_of(source, (section, name))}: '{key}' in '{name}' is no section")
-            inner = inner[key]
-        inner[keys[-1]] = value
-        for depth in range(1, len(keys) + 1):
-            layer.places[keys[:depth]] = config.place_of(source, (section, name))
-    return layer
 
 
 def _check_space(study: Study, base: Recipe, layer: Layer) -> None:
@@ -245,10 +289,12 @@ def _check_condition(study: Study, base: Recipe, name: str) -> list[str]:
 def with_values(base: Recipe, values: dict[str, Any]) -> Recipe:
     """`base` with some settings, by dotted name, set to other values."""
     whole = Layer(base.model_dump(mode="json"))
-    return config.build(Recipe, whole.merge(_as_layer(values, Layer(), "")))
+    return config.build(Recipe, whole.merge(as_layer(values, Layer(), ())))
 
 
 def default_values(study: Study, base: Recipe) -> dict[str, Any]:
     """The recipe's own values of the settings that vary: trial 0."""
+    if study.variants:
+        return study.grid()[0]
     flat = config.flatten(base)
     return {name: flat[name] for name in study.space if study.varies(name, flat)}

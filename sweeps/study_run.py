@@ -87,6 +87,8 @@ def description(spec: Study, outcome: Outcome) -> str:
     best = outcome.best
     assert best is not None, "end() has checked this"
     values = config.flatten(config.read_yaml(best.config).values)
+    if spec.variants:
+        values = spec.grid()[int(best.name.rpartition("-")[2])]  # a recipe does not know its variant's name
     shares = outcome.importance.shares
     rows = [
         f"| `{setting}` | {_domain(spec, setting)} | {plain(values.get(setting))} "
@@ -125,6 +127,8 @@ def identity_of(parent: Run) -> str:
 
 def _swept(spec: Study) -> str:
     drawn = {"tpe": "drawn by TPE", "grid": "over a grid", "random": "drawn at random"}[spec.sampler]
+    if spec.variants:
+        return f"{len(spec.variants)} variants, with {'1 seed' if spec.seeds == 1 else f'{spec.seeds} seeds'} each."
     return f"Trials of `{spec.recipe}`, {drawn if spec.population is None else 'a population (PBT)'}."
 
 

@@ -7,11 +7,12 @@ that dies is replaced, and the trial goes on from its newest checkpoint; so is o
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,20 +26,33 @@ from setwise.platform.outbox import Outbox
 from setwise.platform.run import Run
 from setwise.platform.storage import LeaseHeldError
 from setwise.sweeps.space import with_values
+from setwise.sweeps.variants import VARIANT, Variant
 
 if TYPE_CHECKING:
     from setwise.sweeps.population import Copy
+
+log = logging.getLogger(__name__)
 
 MAX_REASON = 600
 PROCESS = "process"
 """The file of a run that says which process its trial is in."""
 
 
-def settings_of(study: str, base: Recipe, store: Path, objectives: tuple[str, ...], population: bool) -> dict[str, Any]:
+def settings_of(
+    study: str,
+    base: Recipe,
+    store: Path,
+    objectives: tuple[str, ...],
+    population: bool,
+    variants: Mapping[str, Variant] | None = None,
+) -> dict[str, Any]:
     """What all trials of a study share, as plain values."""
     recipe = base.model_dump(mode="json")
     shared = {"study": study, "recipe": recipe, "store": str(store), "objectives": objectives}
-    return shared | {"population": population}
+    return shared | {
+        "population": population,
+        "variants": {name: one.settings for name, one in (variants or {}).items()},
+    }
 
 
 def train_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -66,12 +80,10 @@ def train_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
         course = population.course_of(store / "studies" / settings["study"], config[NUMBER])
 
     def report(told: dict[str, float]) -> None:
-        from setwise.pipelines.train import METRIC as VALIDATION
-
         if costs := {key: value for key, value in objectives.items() if key != BEST}:
             Outbox(training.events).metrics(0, {f"cost/{key}": value for key, value in costs.items()}, series="cost")
-        objectives[BEST] = max(objectives.get(BEST, -math.inf), told[VALIDATION])
-        result = {TIME: int(told["epoch"]), METRIC: told[VALIDATION], **objectives, **number}
+        objectives[BEST] = max(objectives.get(BEST, -math.inf), told["val/rsum"])
+        result = {TIME: int(told["epoch"]), METRIC: told["val/rsum"], **objectives, **number}
         if course is None:
             tune.report(result)
         elif result[TIME] > course.decided:  # what was before, the driver was told
@@ -79,14 +91,17 @@ def train_trial(config: dict[str, Any], settings: dict[str, Any]) -> None:
                 tune.report(result, checkpoint=checkpoint)
 
     try:
-        recipe = with_values(Recipe.model_validate(settings["recipe"]), values)
+        own = {name: value for name, value in values.items() if name != VARIANT}
+        whole = settings["variants"][values[VARIANT]] if VARIANT in values else settings["recipe"]
+        recipe = with_values(Recipe.model_validate(whole), own)
         parent = Run(store / "studies" / settings["study"])
         copy = course.copy if course is not None else None
         if copy is None:  # else it has a run, whose configuration stays the one it began with
             run.create(store / "runs", training.name, configuration.to_yaml(recipe), settings["study"], parent)
             if not training.events.is_file():
                 note = study_run.trial_note(settings["study"], config[NUMBER], config[RETURNED_VALUES], seed)
-                Outbox(training.events).append({"kind": "tags", "values": {study_run.NOTE: note}})
+                variant = [{"kind": "params", "values": {VARIANT: values[VARIANT]}}] if VARIANT in values else []
+                Outbox(training.events).append({"kind": "tags", "values": {study_run.NOTE: note}}, *variant)
         storage.write_bytes(training.folder / PROCESS, str(os.getpid()).encode())
         objectives |= _costs(training, recipe, store, tuple(settings["objectives"]))
         _train(recipe, training, store, report, copy)
@@ -113,16 +128,42 @@ def ended_for_memory(error: Exception, trainings: Sequence[Run]) -> list[Run]:
 
 
 def _train(recipe: Recipe, training: Run, store: Path, report: Any, copy: Copy | None) -> None:
+    training.stop.unlink(missing_ok=True)
+    _pretrain(recipe, training, store)
+    _loop(recipe, training, store, report, lambda: False, copy)
+
+
+def _pretrain(recipe: Recipe, training: Run, store: Path) -> None:
+    """Train what comes before `recipe`, if anything does, unless another trial has; one that is at it is waited for."""
+    from setwise.pipelines import prepare, pretraining, records
+
+    first = pretraining.recipe_before(recipe)
+    before = pretraining.run_before(recipe, prepare.open_prepared(recipe.data.name, store), store)
+    if first is None or before is None or recipe.pretraining is None:
+        return
+    experiment = Path(recipe.pretraining.recipe).stem
+    run.create(store / "runs", before.name, configuration.to_yaml(first), experiment)
+    with pretraining.turn(before, log.warning, training.stop.exists):
+        if not records.ended(before):
+            before.stop.unlink(missing_ok=True)
+            _loop(first, before, store, lambda values: None, training.stop.exists)
+            records.end(before, "FINISHED")
+    pretraining.adopt(training, before)
+
+
+def _loop(
+    recipe: Recipe, training: Run, store: Path, report: Any, notice: Callable[[], bool], copy: Copy | None = None
+) -> None:
     from setwise.pipelines import train, trained_model, worker_group
     from setwise.pipelines.workers import Worker
     from setwise.sweeps import population
 
     if recipe.train.workers == 1:
-        training.stop.unlink(missing_ok=True)
         with worker_group.recording(training, store) as kept:
             if copy is not None:
                 population.take_over(training, references.trial_run(training.experiment, copy.donor, store), copy)
-            train.train(recipe, training, store, Worker(device=trained_model.default_device()), report, kept=kept)
+            worker = Worker(device=trained_model.default_device())
+            train.train(recipe, training, store, worker, report, notice=notice, kept=kept)
     else:
         worker_group.train_with_ray(recipe, training, store, on_epoch=report)
 

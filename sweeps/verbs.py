@@ -90,12 +90,14 @@ def run(
     varied = ", ".join(spec.space)
     if not dry_run:
         trial_count = "1 trial" if spec.trials == 1 else f"{spec.trials} trials"
-        say(f"study '{title}': {trial_count} of {spec.recipe}, {base.train.epochs} epochs, over {varied}")
+        what = f"{len(spec.variants)} variants" if spec.variants else spec.recipe
+        say(f"study '{title}': {trial_count} of {what}, {base.train.epochs} epochs, over {varied}")
     folder = open_store(store)
     if on is not None:
         from setwise.pipelines import estimate
 
         base = estimate.settled(base, on, folder)
+        spec = spec.changed(lambda recipe: estimate.settled(recipe, on, folder))
     if spec.population is not None:
         from setwise.sweeps import population
 
@@ -169,11 +171,15 @@ def analyze(
         int | None, typer.Option(min=1, metavar="N", help="first train the best N trials again with other seeds")
     ] = None,
     seeds: Annotated[int, typer.Option(min=2, help="with --confirm: seeds of each, the trial's own included")] = 3,
-    to: Annotated[Path | None, typer.Option(help="write a copy of the page to this file")] = None,
+    to: Annotated[Path | None, typer.Option(help="write a copy of the page, or of the deck, to this file")] = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What a study found: importance, best trials, failures, and a page of plots, which is logged to its run too."""
+    """What a study found: importance, best trials, failures, and a page of plots, which is logged to its run too.
+
+    Of a study of variants the deck is written as well: its table on the test split, and which claims held.
+    """
+    from setwise.pipelines import references
     from setwise.platform import storage
     from setwise.platform.tracking import Courier
     from setwise.sweeps import analysis
@@ -191,14 +197,23 @@ def analyze(
         except KeyboardInterrupt:
             say("interrupted; nothing is lost, and the same command goes on")
             raise
-    found = analysis.of(studies.load(folder / "studies" / name, name), spec, name, folder)
+    study = studies.load(folder / "studies" / name, name)
+    found = analysis.of(study, spec, name, folder)
     page = analysis.publish(found, folder)
+    pages = {"page": str(page)}
+    if spec.variants:
+        from setwise.sweeps import deck
+
+        page = deck.write(study, spec, name, folder, say)
+        pages |= {"deck": str(page), "deck_json": str(page.with_name(deck.DATA))}
     if to is not None:
         storage.write_bytes(to, page.read_bytes())
     with Courier(tracker) as courier:
         courier.add(analysis.parent(name, folder))
+        for trial in references.trials_of(name, folder) if spec.variants else ():  # the deck has measured them
+            courier.add(trial, ended=True)
     if as_json:
-        emit({**found.to_json(), "page": str(page)})
+        emit({**found.to_json(), **pages})
     else:
         results.print(found.table())
     say(f"the page: {to or page}")

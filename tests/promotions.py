@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from setwise.pipelines import promote, recipe, registry
 from setwise.pipelines.benchmarks import Outcome
 from setwise.pipelines.references import Reference
-from setwise.pipelines.trained_model import Retrieval
+from setwise.pipelines.retrieval import Retrieval
 from setwise.pipelines.vocabulary import SPECIAL
 from setwise.platform import checkpoint, seeding, storage
 from setwise.platform.run import Run

@@ -30,13 +30,13 @@ from torch import Tensor
 
 from reference.official_loss import official_loss
 from setwise.models.batch_loss import batch_loss
-from setwise.models.config import LossConfig, SimilarityConfig
+from setwise.models.config import SimilarityConfig, TripletConfig
 from setwise.models.set_prediction import SetEmbedding
 from setwise.models.similarity import Similarity
 
 K, D, CAPTIONS = 4, 1024, 5
 SIMILARITY = SimilarityConfig(kind="smooth_chamfer", alpha=16)
-CONFIGS = {True: LossConfig(mmd_weight=0.01), False: LossConfig(mmd_weight=0)}
+CONFIGS = {True: TripletConfig(mmd_weight=0.01), False: TripletConfig(mmd_weight=0)}
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-3}
 
 
@@ -75,19 +75,19 @@ def inputs(images: int, dtype: torch.dtype = torch.float32) -> Inputs:
     return Inputs(*(x.requires_grad_() for x in (image_sets, text_sets, image_slots, text_slots)))
 
 
-def ours(x: Inputs, config: LossConfig) -> tuple[Tensor, ...]:
+def ours(x: Inputs, config: TripletConfig) -> tuple[Tensor, ...]:
     images, texts = SetEmbedding(x.image_sets, x.image_slots), SetEmbedding(x.text_sets, x.text_slots)
     return batch_loss(images, texts, x.owners, Similarity(SIMILARITY), config, "hardest")
 
 
-def official(x: Inputs, config: LossConfig) -> tuple[Tensor, ...]:
+def official(x: Inputs, config: TripletConfig) -> tuple[Tensor, ...]:
     return official_loss(*x, x.owners, SIMILARITY, config, "hardest")
 
 
 VARIANTS = {"official": official, "ours": ours}
 
 
-def step(variant: str, x: Inputs, config: LossConfig) -> list[Tensor]:
+def step(variant: str, x: Inputs, config: TripletConfig) -> list[Tensor]:
     """Parts and gradients of one loss, forward and backward."""
     for tensor in x:
         tensor.grad = None

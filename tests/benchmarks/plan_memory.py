@@ -74,7 +74,7 @@ def two_steps(settings: Recipe) -> None:
 
     from setwise.pipelines import estimate, optimizer, train
     from setwise.pipelines.batches import Batch, Share
-    from setwise.pipelines.trained_model import Retrieval
+    from setwise.pipelines.retrieval import Retrieval
     from setwise.pipelines.workers import Worker
 
     with tempfile.TemporaryDirectory() as store:
@@ -95,9 +95,9 @@ def two_steps(settings: Recipe) -> None:
     retrieval = Retrieval(settings, inputs.vocabulary).train()
     adamw = optimizer.make(retrieval, settings.optimizer)
     for _ in range(2):
-        parts = train.global_loss(retrieval.retriever, retrieval, share, settings, 10.0, Worker())
+        parts = train.global_loss(retrieval.retriever, retrieval, share, 10.0, Worker())
         adamw.zero_grad(set_to_none=True)
-        parts.total.backward()  # type: ignore[no-untyped-call]
+        parts["total"].backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(retrieval.parameters(), settings.optimizer.clip_norm)
         adamw.step()
 

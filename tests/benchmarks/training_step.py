@@ -25,7 +25,7 @@ from setwise.pipelines import estimate, footprint, hardware, optimizer, recipe, 
 from setwise.pipelines.batches import Batch, Share
 from setwise.pipelines.footprint import Inputs
 from setwise.pipelines.recipe import Recipe
-from setwise.pipelines.trained_model import Retrieval
+from setwise.pipelines.retrieval import Retrieval
 from setwise.pipelines.workers import Worker
 
 REGIONS, CAPTIONS, MEAN, LONGEST = 36, 5, 15, 30
@@ -89,8 +89,8 @@ def measure(name: str, batch: int | None, on: str, device: torch.device) -> str:
     one = share(settings, batch, vocabulary, device)
 
     def step() -> Tensor:
-        parts = train.global_loss(retrieval.retriever, retrieval, one, settings, 0.0, Worker(device=device))
-        return train.update(parts.total, retrieval, adamw, scaler, settings.optimizer.clip_norm)
+        parts = train.global_loss(retrieval.retriever, retrieval, one, 0.0, Worker(device=device))
+        return train.update(parts["total"], retrieval, adamw, scaler, settings.optimizer.clip_norm)
 
     step()
     seconds = statistics.median(timed(step, device) for _ in range(REPEATS))

@@ -16,7 +16,7 @@ from reference.official_loss import official_loss
 from setwise.models import batch_loss as module
 from setwise.models import losses
 from setwise.models.batch_loss import batch_loss
-from setwise.models.config import LossConfig, Negatives, SimilarityConfig
+from setwise.models.config import Negatives, SimilarityConfig, TripletConfig
 from setwise.models.set_prediction import SetEmbedding
 from setwise.models.similarity import Similarity
 
@@ -81,7 +81,7 @@ def test_agrees_with_the_authors_code(case: str) -> None:
         SetEmbedding(leaves["txt"], leaves["txt_res"]),
         torch.arange(len(leaves["txt"])) // 5,
         similarity_of("smooth_chamfer"),
-        LossConfig(margin=0.2, mmd_weight=0.01, mmd_gamma=0.5, diversity_weight=0.01),
+        TripletConfig(margin=0.2, mmd_weight=0.01, mmd_gamma=0.5, diversity_weight=0.01),
         "hardest" if golden["hardest"] else "all",
     )
     names = ("i2t_loss", "t2i_loss", "mmd_loss", "unif_loss", "loss")
@@ -101,7 +101,7 @@ def test_agrees_with_the_authors_formulation_for_any_captions_and_sizes_of_sets(
     kind: str, negatives: Negatives, weights: tuple[float, float]
 ) -> None:
     images, texts, similarity = embedding(0, 7, 4, 6), embedding(1, 13, 3, 6), similarity_of(kind)
-    config = LossConfig(margin=0.3, mmd_weight=weights[0], mmd_gamma=0.8, diversity_weight=weights[1])
+    config = TripletConfig(margin=0.3, mmd_weight=weights[0], mmd_gamma=0.8, diversity_weight=weights[1])
     parts = batch_loss(images, texts, UNEVEN, similarity, config, negatives)
     expected = official_loss(
         *inputs(images, texts), UNEVEN, similarity.config, config, negatives, *similarity.parameters()
@@ -119,7 +119,7 @@ def test_agrees_with_the_authors_formulation_at_the_smallest_sizes(
     images: int, owners: list[int], k: int, j: int, negatives: Negatives
 ) -> None:
     embeddings = embedding(2, images, k, 5), embedding(3, len(owners), j, 5)
-    similarity, config = similarity_of("smooth_chamfer"), LossConfig(margin=0.5)
+    similarity, config = similarity_of("smooth_chamfer"), TripletConfig(margin=0.5)
     parts = batch_loss(*embeddings, torch.tensor(owners), similarity, config, negatives)
     expected = official_loss(*inputs(*embeddings), torch.tensor(owners), similarity.config, config, negatives)
     torch.testing.assert_close(list(parts), [part.detach() for part in expected], rtol=1e-11, atol=1e-14)
@@ -132,7 +132,7 @@ def test_agrees_with_the_authors_formulation_at_the_smallest_sizes(
 def test_agrees_with_the_readable_losses_differentiated_by_autograd(negatives: Negatives) -> None:
     images, texts, similarity = embedding(4, 6, 3, 8), embedding(5, 30, 2, 8), similarity_of("match_probability")
     owners = torch.arange(30) // 5
-    config = LossConfig(margin=0.1, mmd_weight=0.2, diversity_weight=0.4)
+    config = TripletConfig(margin=0.1, mmd_weight=0.2, diversity_weight=0.4)
     parts = batch_loss(images, texts, owners, similarity, config, negatives)
     triplet = {
         "all": lambda *arguments: losses.triplet(*arguments, hardest=False),
@@ -150,13 +150,27 @@ def test_agrees_with_the_readable_losses_differentiated_by_autograd(negatives: N
     assert_same(gradients(parts.total, images, texts, similarity), gradients(total, images, texts, similarity))
 
 
+def test_diversity_can_be_that_of_the_gram_matrix() -> None:
+    images, texts, similarity = embedding(27, 6, 2, 8), embedding(28, 30, 3, 8), similarity_of("mil")
+    owners = torch.arange(30) // 5
+    config = TripletConfig(margin=0.1, mmd_weight=0, diversity_weight=0.4, diversity="gram")
+    parts = batch_loss(images, texts, owners, similarity, config, "hardest")
+    gram = losses.gram_diversity(images.slots) + losses.gram_diversity(texts.slots)
+    scores, positives = similarity(images.sets, texts.sets), owners == torch.arange(6)[:, None]
+    total = losses.triplet(scores, positives, 0.1, hardest=True) + 0.4 * gram
+    assert_same([parts.diversity, parts.total.detach()], [gram.detach(), total.detach()])
+    assert_same(gradients(parts.total, images, texts, similarity), gradients(total, images, texts, similarity))
+    other = batch_loss(images, texts, owners, similarity, TripletConfig(mmd_weight=0), "hardest")
+    assert (other.diversity - parts.diversity).abs() > 1e-3
+
+
 @pytest.mark.usefixtures("blocks")
 def test_the_gradient_of_mmd_is_right_for_vectors_of_any_length() -> None:
     images, texts = (
         SetEmbedding((3 * random(seed, *shape)).requires_grad_(), random(seed + 50, *shape).requires_grad_())
         for seed, shape in ((6, (5, 2, 4)), (7, (9, 3, 4)))
     )
-    similarity, config = similarity_of("mil"), LossConfig(mmd_weight=1, mmd_gamma=0.1, diversity_weight=0)
+    similarity, config = similarity_of("mil"), TripletConfig(mmd_weight=1, mmd_gamma=0.1, diversity_weight=0)
     owners = torch.arange(9) % 5
     parts = batch_loss(images, texts, owners, similarity, config, "hardest")
     expected = official_loss(*inputs(images, texts), owners, similarity.config, config, "hardest")
@@ -166,7 +180,7 @@ def test_the_gradient_of_mmd_is_right_for_vectors_of_any_length() -> None:
 def test_equal_vectors_have_distance_zero_and_a_finite_gradient() -> None:
     axis = F.one_hot(torch.tensor([[0, 1], [0, 1], [2, 3]]), 4).double()  # dot products without rounding
     images, texts = (SetEmbedding(axis.clone().requires_grad_(), random(8, 3, 2, 4)) for _ in range(2))
-    config = LossConfig(mmd_weight=1, diversity_weight=0)
+    config = TripletConfig(mmd_weight=1, diversity_weight=0)
     parts = batch_loss(images, texts, torch.arange(3), similarity_of("smooth_chamfer"), config, "violating")
     assert parts.mmd.abs() < 1e-15
     parts.total.backward()
@@ -176,7 +190,7 @@ def test_equal_vectors_have_distance_zero_and_a_finite_gradient() -> None:
 
 def test_a_part_of_weight_zero_reads_zero_and_leaves_no_gradient() -> None:
     images, texts = embedding(9, 4, 2, 6), embedding(10, 8, 2, 6)
-    config = LossConfig(mmd_weight=0, diversity_weight=0)
+    config = TripletConfig(mmd_weight=0, diversity_weight=0)
     parts = batch_loss(images, texts, torch.arange(8) // 2, similarity_of("chamfer"), config, "hardest")
     parts.total.backward()
     assert parts.mmd == parts.diversity == 0 and parts.total == parts.i2t + parts.t2i
@@ -185,7 +199,7 @@ def test_a_part_of_weight_zero_reads_zero_and_leaves_no_gradient() -> None:
 
 def test_only_the_total_has_a_gradient_and_without_need_for_one_nothing_has() -> None:
     images, texts, owners = embedding(11, 4, 2, 6), embedding(12, 8, 2, 6), torch.arange(8) // 2
-    arguments = (owners, similarity_of("smooth_chamfer"), LossConfig(), "violating")
+    arguments = (owners, similarity_of("smooth_chamfer"), TripletConfig(), "violating")
     parts = batch_loss(images, texts, *arguments)  # type: ignore[arg-type]
     assert [part.requires_grad for part in parts] == [False, False, False, False, True]
     with torch.no_grad():
@@ -200,14 +214,14 @@ def test_what_needs_no_gradient_gets_none() -> None:
     images, texts = embedding(13, 4, 2, 6), embedding(14, 8, 2, 6)
     frozen = similarity_of("match_probability").requires_grad_(False)
     texts = SetEmbedding(texts.sets.detach(), texts.slots)
-    batch_loss(images, texts, torch.arange(8) // 2, frozen, LossConfig(), "hardest").total.backward()
+    batch_loss(images, texts, torch.arange(8) // 2, frozen, TripletConfig(), "hardest").total.backward()
     assert images.sets.grad is not None and texts.slots.grad is not None
     assert texts.sets.grad is None and all(parameter.grad is None for parameter in frozen.parameters())
 
 
 def test_the_gradient_is_scaled_by_what_follows_and_handed_over_once() -> None:
     images, texts, owners = embedding(15, 4, 2, 6), embedding(16, 8, 2, 6), torch.arange(8) // 2
-    similarity, config = similarity_of("match_probability"), LossConfig()
+    similarity, config = similarity_of("match_probability"), TripletConfig()
 
     def total() -> Tensor:
         return batch_loss(images, texts, owners, similarity, config, "all").total
@@ -225,7 +239,7 @@ def test_the_gradient_is_scaled_by_what_follows_and_handed_over_once() -> None:
 def test_half_precision_is_computed_in_float32_and_gives_gradients_of_its_own(kind: str, dtype: torch.dtype) -> None:
     images, texts = embedding(17, 4, 4, 16, dtype=dtype), embedding(18, 20, 4, 16, dtype=dtype)
     owners, similarity = torch.arange(20) // 5, similarity_of(kind, alpha=64).float()
-    parts = batch_loss(images, texts, owners, similarity, LossConfig(), "hardest")
+    parts = batch_loss(images, texts, owners, similarity, TripletConfig(), "hardest")
     assert all(part.dtype == torch.float32 and part.isfinite() for part in parts)
     found = gradients(parts.total, images, texts, similarity)
     assert [gradient.dtype for gradient in found[:4]] == [dtype] * 4
@@ -234,7 +248,7 @@ def test_half_precision_is_computed_in_float32_and_gives_gradients_of_its_own(ki
         SetEmbedding(x.sets.detach().float().requires_grad_(), x.slots.detach().float().requires_grad_())
         for x in (images, texts)
     )
-    exact = batch_loss(exact_images, exact_texts, owners, similarity, LossConfig(), "hardest")
+    exact = batch_loss(exact_images, exact_texts, owners, similarity, TripletConfig(), "hardest")
     assert list(parts) == list(exact)
     expected = gradients(exact.total, exact_images, exact_texts, similarity)
     assert_same(found, [gradient.to(x.dtype) for gradient, x in zip(expected, found, strict=True)])
@@ -242,7 +256,7 @@ def test_half_precision_is_computed_in_float32_and_gives_gradients_of_its_own(ki
 
 def test_autocast_changes_nothing() -> None:
     images, texts = embedding(19, 4, 4, 16, dtype=torch.float32), embedding(20, 8, 4, 16, dtype=torch.float32)
-    arguments = (images, texts, torch.arange(8) // 2, similarity_of("smooth_chamfer", 64).float(), LossConfig())
+    arguments = (images, texts, torch.arange(8) // 2, similarity_of("smooth_chamfer", 64).float(), TripletConfig())
     plain = batch_loss(*arguments, "violating")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         lowered = batch_loss(*arguments, "violating")
@@ -261,7 +275,7 @@ def test_sets_may_lie_in_memory_in_any_order() -> None:
     ]
     results = []
     for first, second in ((images, texts), turned):
-        total = batch_loss(first, second, torch.arange(8) // 2, similarity, LossConfig(), "hardest").total
+        total = batch_loss(first, second, torch.arange(8) // 2, similarity, TripletConfig(), "hardest").total
         results.append(gradients(total, first, second, similarity))
     assert not turned[0].sets.is_contiguous()
     assert_same(*results)
@@ -272,7 +286,7 @@ def test_a_value_that_is_no_number_shows_in_the_loss_and_in_the_gradient(negativ
     images, texts = embedding(23, 4, 2, 6), embedding(24, 8, 2, 6)
     with torch.no_grad():
         texts.sets[3, 1, 2] = torch.nan
-    config = LossConfig(mmd_weight=0, diversity_weight=0)
+    config = TripletConfig(mmd_weight=0, diversity_weight=0)
     total = batch_loss(images, texts, torch.arange(8) // 2, similarity_of("mil"), config, negatives).total
     total.backward()  # type: ignore[no-untyped-call]
     assert total.isnan() and texts.sets.grad is not None and not texts.sets.grad.isfinite().all()
@@ -282,7 +296,7 @@ def test_a_value_that_is_no_number_shows_in_the_loss_and_in_the_gradient(negativ
 def test_owners_that_do_not_match_the_captions_are_refused(owners: Tensor) -> None:
     images, texts = embedding(25, 4, 2, 6), embedding(26, 8, 2, 6)
     with pytest.raises(ValueError, match="for each of the 8 captions"):
-        batch_loss(images, texts, owners.long(), similarity_of("mil"), LossConfig(), "all")
+        batch_loss(images, texts, owners.long(), similarity_of("mil"), TripletConfig(), "all")
 
 
 class Operations(TorchDispatchMode):
@@ -309,7 +323,7 @@ def operations(images: int, kind: str, negatives: Negatives) -> Operations:
         ]
         owners = torch.empty(5 * images, dtype=torch.int64)
         similarity = Similarity(SimilarityConfig.model_validate({"kind": kind}))
-        parts = batch_loss(*embeddings, owners, similarity, LossConfig(), negatives)
+        parts = batch_loss(*embeddings, owners, similarity, TripletConfig(), negatives)
         parts.total.backward()
     return counted
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from setwise.models.config import LossConfig, ModelConfig, SimilarityConfig
+from setwise.models.config import ModelConfig, SimilarityConfig, TripletConfig
 
 MODEL: dict[str, Any] = {
     "embed_size": 16,
@@ -21,7 +21,7 @@ def test_published_values_are_the_defaults() -> None:
     prediction = model.set_prediction
     assert (prediction.num_slots, prediction.iterations, prediction.heads, prediction.head_dim) == (4, 4, 4, 512)
     assert SimilarityConfig() == SimilarityConfig(kind="smooth_chamfer", alpha=16)
-    assert LossConfig() == LossConfig(margin=0.2, mmd_weight=0.01, mmd_gamma=0.5, diversity_weight=0.01)
+    assert TripletConfig() == TripletConfig(margin=0.2, mmd_weight=0.01, mmd_gamma=0.5, diversity_weight=0.01)
 
 
 @pytest.mark.parametrize(
@@ -100,18 +100,18 @@ def test_similarity_config_rejects(bad: dict[str, Any]) -> None:
 @pytest.mark.parametrize("bad", [{"margin": -0.1}, {"mmd_weight": -1}, {"mmd_gamma": 0}, {"mmd_wieght": 0.1}])
 def test_loss_config_rejects(bad: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        LossConfig.model_validate(bad)
+        TripletConfig.model_validate(bad)
 
 
 def test_settings_cannot_be_changed_afterwards() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        LossConfig().margin = 0.3  # type: ignore[misc]
+        TripletConfig().margin = 0.3  # type: ignore[misc]
 
 
 def test_chosen_negatives_begin_when_the_warm_up_ends() -> None:
-    config = LossConfig(all_negatives_epochs=1.5, negatives="violating")
+    config = TripletConfig(all_negatives_epochs=1.5, negatives="violating")
     assert [config.negatives_at(epoch) for epoch in (0, 1.49, 1.5, 2)] == ["all", "all", "violating", "violating"]
-    assert LossConfig().negatives_at(0) == "hardest"
+    assert TripletConfig().negatives_at(0) == "hardest"
 
 
 def test_importing_the_settings_does_not_import_torch() -> None:

@@ -81,6 +81,73 @@ def test_every_parameter_learns() -> None:
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+# --- cells left out ---------------------------------------------------------------------------------------------
+
+
+def with_cell_drop(kind: str, share: float) -> ConvNet | Grid:
+    torch.manual_seed(0)
+    if kind == "cnn":
+        encoder: ConvNet | Grid = ConvNet(ConvNetConfig(kind="cnn", channels=(8, 16), cell_drop=share), embed_size=20)
+    else:
+        head = ImageHeadConfig(dropout=0)
+        encoder = Grid(GridConfig(kind="grid", architecture="resnet18", cell_drop=share, head=head), embed_size=20)
+    name_layers(encoder)
+    return encoder.double()
+
+
+def cells(kind: str, batch: int, rows: int = 6, columns: int = 8) -> Tensor:
+    """Pixels of which the small encoder makes cells, or the map that a backbone made of them."""
+    if kind == "cnn":
+        return pixels(batch, 8 * rows, 8 * columns)
+    return torch.randn(batch, 512, rows, columns, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+each_grid = pytest.mark.parametrize("kind", ["cnn", "grid"])
+
+
+@each_grid
+def test_a_share_of_the_cells_is_left_out_in_training_and_none_in_evaluation(kind: str) -> None:
+    encoder, images = with_cell_drop(kind, 0.3), cells(kind, 60)
+    for keys in (None, torch.arange(60)):
+        features = encoder(images, keys=keys)
+        assert features.grid == (6, 8) and features.is_padding.shape == (60, 48)
+        assert 0.26 < features.is_padding.double().mean() < 0.34
+        valid = [local[~row].amax(0) for local, row in zip(features.local, features.is_padding, strict=True)]
+        torch.testing.assert_close(features.pooled, torch.stack(valid), rtol=0, atol=1e-12)
+    assert with_cell_drop(kind, 0)(images).is_padding is None
+    evaluated, whole = encoder.eval()(images[:2]), with_cell_drop(kind, 0).eval()(images[:2])
+    assert evaluated.is_padding is None
+    if kind == "cnn":  # the head of a grid moved its statistics above
+        torch.testing.assert_close(evaluated[:2], whole[:2], rtol=0, atol=0)
+
+
+@each_grid
+def test_which_cells_are_left_out_is_the_keys_choice(kind: str) -> None:
+    encoder, images, keys = with_cell_drop(kind, 0.5), cells(kind, 5), torch.arange(5) * 3
+    chosen, order = encoder(images, keys=keys).is_padding, torch.tensor([3, 0])
+    assert torch.equal(encoder(images[order], keys=keys[order]).is_padding, chosen[order])
+    assert not torch.equal(encoder(images, keys=keys + 1).is_padding, chosen)
+    regions_alike = regions(region_drop=0.5)(torch.zeros(5, 48, 6, dtype=torch.float64), keys=keys).is_padding
+    assert torch.equal(regions_alike, chosen), "regions are left out by the same rule"
+
+
+@each_grid
+def test_an_image_that_would_lose_all_cells_keeps_them(kind: str) -> None:
+    features = with_cell_drop(kind, 0.999)(cells(kind, 9, 2, 2), keys=torch.arange(9))
+    kept = (~features.is_padding).sum(1)
+    assert features.pooled.isfinite().all() and kept.max() == 4 and kept.min() >= 1
+
+
+def test_cells_that_are_left_out_have_no_influence() -> None:
+    images, keys = cells("grid", 5), torch.arange(5)
+    is_padding, found = with_cell_drop("grid", 0.5)(images, keys=keys).is_padding, []
+    for value in (0.0, 100.0):
+        encoder = with_cell_drop("grid", 0.5)
+        features = encoder(images.masked_fill(is_padding.view(5, 1, 6, 8), value), keys=keys)
+        found.append((features.local[~is_padding], features.pooled, dict(encoder.named_buffers())))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+
+
 def test_the_configuration_picks_the_encoder() -> None:
     configs = (ConvNetConfig(kind="cnn"), RegionsConfig(kind="butd"), GridConfig(kind="grid", architecture="resnet18"))
     assert [type(image_encoder(config, 16)) for config in configs] == [ConvNet, Regions, Grid]

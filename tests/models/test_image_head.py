@@ -15,7 +15,10 @@ from setwise.models.config import ImageHeadConfig
 from setwise.models.dropout import name_layers
 from setwise.models.image_head import ImageHead, pool
 
-KINDS = [("mlp", "projected"), ("mlp", "linear"), ("linear", "projected"), ("linear", "linear"), ("none", "linear")]
+KINDS = [
+    *(("mlp", "projected"), ("mlp", "linear"), ("raw_mlp", "projected"), ("raw_mlp", "linear")),
+    *(("linear", "projected"), ("linear", "linear"), ("none", "linear")),
+]
 INPUT_DIM, EMBED_SIZE = 6, 8
 
 
@@ -40,7 +43,9 @@ def features(batch: int = 4, num: int = 5) -> tuple[Tensor, Tensor]:
 
 def in_the_authors_order(module: ImageHead, x: Tensor, is_padding: Tensor, how: str) -> tuple[Tensor, Tensor]:
     """phi anew for the slots and for the pooling, fc twice in each, image by image where nothing goes across images;
-    the batch normalisation is torch's, over the valid tokens, and moves its statistics in every call."""
+    the batch normalisation is torch's, over the valid tokens, and moves its statistics in every call. VSE-infinity,
+    whose MLP reads raw features, computes phi once."""
+    reads_raw = module.mlp is not None and module.mlp.fc1.in_features == INPUT_DIM
 
     def normalized(x_MH: Tensor) -> Tensor:
         norm = module.mlp.norm
@@ -53,7 +58,8 @@ def in_the_authors_order(module: ImageHead, x: Tensor, is_padding: Tensor, how: 
         if module.mlp is None:
             return module.fc(x_BNF)
         output = torch.zeros(*x_BNF.shape[:2], EMBED_SIZE, dtype=x_BNF.dtype)
-        hidden = F.relu(normalized(module.mlp.fc1(module.fc(x_BNF))[~is_padding]))
+        read = x_BNF if reads_raw else module.fc(x_BNF)
+        hidden = F.relu(normalized(module.mlp.fc1(read)[~is_padding]))
         output[~is_padding] = module.mlp.fc2(hidden) + module.fc(x_BNF)[~is_padding]
         return output
 
@@ -61,7 +67,10 @@ def in_the_authors_order(module: ImageHead, x: Tensor, is_padding: Tensor, how: 
         valid = [sample[~padding] for sample, padding in zip(values, is_padding, strict=True)]
         return torch.stack([v.max(0).values if how == "max" else v.mean(0) for v in valid])
 
-    return phi(x), pooled(phi(x)) if module.pooled_fc is None else module.pooled_fc(pooled(x))
+    local = phi(x)
+    if module.pooled_fc is not None:
+        return local, module.pooled_fc(pooled(x))
+    return local, pooled(local if reads_raw else phi(x))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -87,6 +96,7 @@ def test_agrees_with_the_authors_order(projection: str, global_feature: str, poo
     [
         ("mlp", "projected", ["fc", "mlp.fc1", "mlp.norm", "mlp.fc2"]),
         ("mlp", "linear", ["fc", "mlp.fc1", "mlp.norm", "mlp.fc2", "pooled_fc"]),
+        ("raw_mlp", "projected", ["fc", "mlp.fc1", "mlp.norm", "mlp.fc2"]),
         ("linear", "projected", ["fc"]),
         ("linear", "linear", ["fc", "pooled_fc"]),
         ("none", "linear", ["pooled_fc"]),
@@ -109,6 +119,18 @@ def test_the_projection_is_computed_once() -> None:
         ("fc", "mlp.fc1", "mlp.norm", "mlp.fc2"), 1
     )
     assert calls["dropout"] == 2
+
+
+def test_the_mlp_reads_the_projected_or_the_raw_features() -> None:
+    of_projected, of_raw = head("mlp").mlp, head("raw_mlp").mlp
+    assert of_projected.fc1.weight.shape == (EMBED_SIZE // 2, EMBED_SIZE)
+    assert of_raw.fc1.weight.shape == (EMBED_SIZE // 2, INPUT_DIM)
+    assert of_raw.fc2.weight.shape == of_projected.fc2.weight.shape == (EMBED_SIZE, EMBED_SIZE // 2)
+    module, (x, _) = head("raw_mlp").eval(), features()
+    torch.nn.init.zeros_(module.fc.weight)  # what is left then comes of the raw features alone
+    torch.nn.init.zeros_(module.fc.bias)
+    expected = module.mlp.fc2(F.relu(module.mlp.norm(module.mlp.fc1(x))))
+    torch.testing.assert_close(module(x)[0], expected, rtol=0, atol=1e-12)
 
 
 def test_raw_features_go_to_the_slots_as_they_are() -> None:
@@ -191,4 +213,4 @@ def test_every_parameter_learns(projection: str, global_feature: str) -> None:
     (local.square().sum() + pooled.pow(3).sum()).backward()
     # A bias ahead of a batch normalisation is subtracted again, so its gradient is zero but for rounding.
     idle = [name for name, p in module.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-12]
-    assert idle == (["mlp.fc1.bias"] if projection == "mlp" else [])
+    assert idle == (["mlp.fc1.bias"] if projection.endswith("mlp") else [])

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import reference.losses as naive
 from setwise.models import losses
-from setwise.models.config import Negatives
-from setwise.models.losses import diversity, mmd, triplet, triplet_semi_hard, triplet_violating
+from setwise.models.config import Diversity, Negatives
+from setwise.models.losses import diversity, gram_diversity, mmd, triplet, triplet_semi_hard, triplet_violating
 from setwise.models.similarity import smooth_chamfer
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "dive_similarity_loss.npz"
@@ -135,10 +135,11 @@ def test_written_out_slopes_of_the_triplet_loss_are_those_of_autograd(
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_written_out_gradient_of_diversity_is_that_of_autograd(size: int) -> None:
+@pytest.mark.parametrize("kind", ["exponential", "gram"])
+def test_written_out_gradient_of_diversity_is_that_of_autograd(kind: Diversity, size: int) -> None:
     slots = (3 * random(7, 5, size, 6)).requires_grad_()
-    expected = diversity(slots)
-    value, gradient = losses.diversity_with_gradient(slots.detach())
+    expected = diversity(slots) if kind == "exponential" else gram_diversity(slots)
+    value, gradient = losses.diversity_with_gradient(slots.detach(), kind)
     torch.testing.assert_close(value, expected.detach(), rtol=0, atol=1e-14)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, slots)[0], rtol=0, atol=1e-14)
 
@@ -169,6 +170,32 @@ def test_diversity_is_one_when_slots_collapse_and_zero_for_a_single_slot() -> No
     assert diversity(random(7, 3, 1, 8)) == 0
 
 
+def test_diversity_by_the_gram_matrix_agrees_with_the_definition_at_any_length_of_the_slots() -> None:
+    slots = random(8, 3, 4, 6)
+    assert gram_diversity(slots).item() == pytest.approx(naive.gram_diversity(slots.numpy()), abs=1e-12)
+    torch.testing.assert_close(gram_diversity(7 * slots), gram_diversity(slots))
+    assert torch.autograd.gradcheck(gram_diversity, slots.requires_grad_())
+
+
+def test_diversity_by_the_gram_matrix_has_its_least_at_right_angles_where_it_has_no_slope() -> None:
+    collapsed = gram_diversity(random(6, 3, 1, 8).expand(-1, 4, -1))
+    assert collapsed.item() == pytest.approx((4 * 3) ** 0.5 / 4**2)
+    assert gram_diversity(random(7, 3, 1, 8)) == 0
+    upright = torch.eye(4, dtype=torch.float64)[None, :3].requires_grad_()
+    for value, gradient in (
+        losses.diversity_with_gradient(upright.detach(), "gram"),
+        (gram_diversity(upright), torch.autograd.grad(gram_diversity(upright), upright)[0]),
+    ):
+        assert value == 0 and not gradient.any()
+
+
+def test_a_slot_that_is_no_number_shows_in_diversity_by_the_gram_matrix() -> None:
+    slots = random(9, 2, 3, 4)
+    slots[1, 2, 0] = torch.nan
+    value, gradient = losses.diversity_with_gradient(slots, "gram")
+    assert value.isnan() and gradient[1].isnan().any() and gradient[0].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_gives_float32_losses(dtype: torch.dtype) -> None:
     sets = F.normalize(random(12, 12, 4, 16), dim=-1).to(dtype)
@@ -177,5 +204,6 @@ def test_half_precision_gives_float32_losses(dtype: torch.dtype) -> None:
         triplet(scores.to(dtype), five_captions_each(2), 0.2, hardest=True),
         mmd(sets[:2].flatten(0, 1), sets[2:].flatten(0, 1), 0.5),
         diversity(sets),
+        gram_diversity(sets),
     )
     assert all(part.dtype == torch.float32 and part.isfinite() for part in parts)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from setwise.models.batch_loss import batch_loss
-from setwise.models.config import LossConfig, ModelConfig, Negatives, SimilarityConfig
+from setwise.models.config import ModelConfig, Negatives, SimilarityConfig, TripletConfig
 from setwise.models.retriever import SetRetriever
 from setwise.models.similarity import Similarity
 
@@ -78,13 +78,13 @@ def test_the_loss_reaches_every_parameter() -> None:
     model, (images, tokens) = retriever(), inputs()
     image_sets, text_sets = model(images, tokens, LENGTHS)
     similarity = Similarity(SimilarityConfig())
-    batch_loss(image_sets, text_sets, torch.arange(6), similarity, LossConfig(), "all").total.backward()
+    batch_loss(image_sets, text_sets, torch.arange(6), similarity, TripletConfig(), "all").total.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 def test_it_learns_to_tell_six_pairs_apart() -> None:
     model, (images, tokens) = retriever(dropout=0), inputs()
-    similarity, config = Similarity(SimilarityConfig()), LossConfig()
+    similarity, config = Similarity(SimilarityConfig()), TripletConfig()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for step in range(60):
         image_sets, text_sets = model(images, tokens, LENGTHS)

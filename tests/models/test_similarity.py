@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import reference.similarity as naive
 from setwise.models import losses
 from setwise.models.batch_loss import batch_loss
-from setwise.models.config import LossConfig, Negatives, SimilarityConfig
+from setwise.models.config import Negatives, SimilarityConfig, TripletConfig
 from setwise.models.set_prediction import SetEmbedding
 from setwise.models.similarity import (
     Similarity,
@@ -163,7 +163,7 @@ def test_the_loss_of_a_batch_is_that_of_the_definition(kind: str, negatives: Neg
     """As the model has it, whose last step makes unit vectors: so along a vector there is no gradient."""
     raw = [2 * unit_sets(21, 4, 3, 8), 3 * unit_sets(22, 6, 2, 8)]
     raw[1][0] = raw[0][1, :2] * 2  # a caption whose elements are an image's: distances of 0
-    owners, config = torch.tensor([0, 0, 1, 2, 3, 3]), LossConfig(mmd_weight=0, diversity_weight=0)
+    owners, config = torch.tensor([0, 0, 1, 2, 3, 3]), TripletConfig(mmd_weight=0, diversity_weight=0)
     similarity = Similarity(SimilarityConfig.model_validate({"kind": kind})).double()
     inputs = [x.requires_grad_() for x in raw]
     images, texts = (F.normalize(x, dim=-1) for x in inputs)

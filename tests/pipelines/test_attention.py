@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from setwise.pipelines import attention, recipe, set_health, vocabulary
+from setwise.pipelines.embeddings import Embeddings
 from setwise.pipelines.recipe import Recipe
-from setwise.pipelines.trained_model import Embeddings, Retrieval, TrainedModel
+from setwise.pipelines.retrieval import Retrieval
+from setwise.pipelines.trained_model import TrainedModel
 from setwise.pipelines.word_pieces import SPECIAL, WordPieces
 from setwise.platform import seeding
 

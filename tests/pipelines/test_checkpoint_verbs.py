@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from setwise.pipelines import checkpoint_verbs, lineage, terminal
 from setwise.pipelines.recipe import load
-from setwise.pipelines.trained_model import Retrieval
+from setwise.pipelines.retrieval import Retrieval
 from setwise.platform import checkpoint, config, run, storage
 from setwise.platform.errors import ConfigError, UnreachableError
 from setwise.platform.outbox import Outbox

@@ -10,14 +10,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from setwise.models.batch_loss import batch_loss
+from setwise.models.config import ModelConfig
 from setwise.models.set_prediction import SetEmbedding
-from setwise.pipelines import datasets, estimate, hardware, prepare, recipe
+from setwise.pipelines import datasets, estimate, hardware, optimizer, prepare, recipe
 from setwise.pipelines.datasets import Source
 from setwise.pipelines.digits import DigitsConfig
 from setwise.pipelines.estimate import GIB
 from setwise.pipelines.hardware import Preset
 from setwise.pipelines.recipe import Recipe
-from setwise.pipelines.trained_model import Retrieval
+from setwise.pipelines.retrieval import Retrieval
 from setwise.platform import checkpoint
 from setwise.platform.errors import ConfigError, DataError
 from tiny import images_source, regions_source, run, write_serially
@@ -43,7 +44,10 @@ def planned(settings: recipe.Recipe, preset: Preset | None = None) -> estimate.E
     return estimate.estimate(settings, estimate.sizes(settings, NOWHERE), preset)
 
 
-@pytest.mark.parametrize("name", recipe.names())
+RETRIEVERS = [name for name in recipe.names() if isinstance(recipe.load(name).model, ModelConfig)]
+
+
+@pytest.mark.parametrize("name", RETRIEVERS)
 def test_every_recipe_fits_every_preset_with_its_own_batch(name: str) -> None:
     plain = recipe.load(name)
     of = estimate.sizes(plain, NOWHERE)
@@ -117,6 +121,9 @@ def test_memory_of_what_a_step_holds_is_known_exactly_but_for_activations() -> N
     weights = 4 * 45_330_596
     assert memory.weights == weights + 2 * 4 * 512 + 8  # and the statistics of one batch normalisation
     assert (memory.gradients, memory.moments) == (weights, 2 * weights)
+    others = [[f"optimizer.{setting}"] for setting in ("amsgrad=true", "lookahead_steps=5", "kind=sgd")]
+    remembered = [planned(recipe.load("coco_butd_bigru", other)).memory.moments for other in others]
+    assert remembered == [3 * weights, 3 * weights, weights]
     assert memory.inputs == 200 * (4 * 36 * 2048 + 8 * 5 * 32)
     parallel = planned(recipe.load("coco_butd_bigru", ["train.workers=4"])).memory
     assert parallel.gradients == 2 * memory.gradients
@@ -173,14 +180,15 @@ def test_pieces_cost_one_forward_pass_more() -> None:
     assert pieces.flops["loss"] == whole.flops["loss"]
 
 
-def test_a_checkpoint_is_as_large_as_planned(tmp_path: Path) -> None:
-    settings = recipe.load(DIGITS)
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_checkpoint_is_as_large_as_planned(tmp_path: Path, kind: str) -> None:
+    settings = recipe.load(DIGITS, [f"optimizer.kind={kind}"])
     retrieval = Retrieval(settings, 57)
-    adamw = torch.optim.AdamW(retrieval.parameters())
+    made = optimizer.make(retrieval, settings.optimizer)
     sum(parameter.sum() for parameter in retrieval.parameters()).backward()  # type: ignore[union-attr]
-    adamw.step()
+    made.step()
     checkpoint.save(
-        tmp_path / "epoch", retrieval.state_dict(), {"words": ["word"] * 57}, {"optimizer": adamw.state_dict()}
+        tmp_path / "epoch", retrieval.state_dict(), {"words": ["word"] * 57}, {"optimizer": made.state_dict()}
     )
     real = sum(file.stat().st_size for file in (tmp_path / "epoch").iterdir())
     assert planned(settings).checkpoint_bytes == pytest.approx(real, rel=0.05)
@@ -201,8 +209,7 @@ def test_published_sizes_of_the_embedded_data_are_its_defaults() -> None:
 
 
 def test_published_sizes() -> None:
-    steps = {name: planned(recipe.load(name)).steps_per_epoch for name in recipe.names() if name != DIGITS}
-    assert steps == {
+    published = {
         "coco_butd_bigru": 567,
         "f30k_butd_bigru": 227,
         "coco_resnet152_bigru": 886,
@@ -210,6 +217,7 @@ def test_published_sizes() -> None:
         "coco_resnext101_bert": 886,
         "f30k_resnext101_bert": 454,
     }
+    assert {name: planned(recipe.load(name)).steps_per_epoch for name in published} == published
     assert planned(recipe.load("coco_butd_bigru", ["train.drop_last=true"])).steps_per_epoch == 566
 
 

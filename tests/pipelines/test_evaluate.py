@@ -25,13 +25,14 @@ from setwise.pipelines import (
     prepare,
     ranking,
     tables,
-    train,
     trained_model,
 )
+from setwise.pipelines.embeddings import Embeddings, embed
 from setwise.pipelines.ranking import Member
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.references import Reference
-from setwise.pipelines.trained_model import Embeddings, Retrieval, TrainedModel
+from setwise.pipelines.retrieval import Retrieval
+from setwise.pipelines.trained_model import TrainedModel
 from setwise.platform import checkpoint, run, seeding, storage
 from setwise.platform.errors import ConfigError, DataError, DivergedError
 from setwise.platform.run import Run
@@ -237,7 +238,7 @@ def test_a_diverged_model_is_refused(place: Path, tiny_recipe: Recipe, value: fl
     for parameter in model.retrieval.parameters():
         parameter.detach().fill_(value)
     with pytest.raises(DivergedError, match="validation: an embedding is NaN"):
-        train.validate(model.retrieval, index.open_split(model, prepared, "val"), 50, model.device)
+        model.retrieval.validate(index.open_split(model, prepared, "val"), 50, model.device)
     metadata = {name: content for name, content in model.metadata.items() if name != "weights_sha256"}
     shutil.rmtree(reference.checkpoint)
     checkpoint.save(reference.checkpoint, model.retrieval.state_dict(), metadata, None)
@@ -334,8 +335,8 @@ def test_validation_gives_the_values_of_the_whole_matrix(place: Path, tiny_recip
     reference = untrained(place, tiny_recipe, "one")
     model, prepared = trained_model.load(reference.checkpoint), prepare.open_prepared("digits", place)
     split = index.open_split(model, prepared, "val")
-    values = train.validate(model.retrieval, split, 7, model.device)
-    sets = trained_model.embed(model.retrieval.retriever, split, 7, model.device)
+    values = model.retrieval.validate(split, 7, model.device)
+    sets = embed(model.retrieval.retriever, split, 7, model.device)
     owners = sets.owners.numpy()
     scores = matrix(model, sets).astype(np.float32)
     expected = metrics.retrieval_metrics(scores, owners[None, :] == np.arange(30)[:, None])

@@ -17,7 +17,7 @@ import torch
 from setwise.pipelines import export, prepare, recipe, trained_model
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.references import Reference
-from setwise.pipelines.trained_model import Retrieval
+from setwise.pipelines.retrieval import Retrieval
 from setwise.platform import checkpoint
 from setwise.platform.errors import ConfigError, DataError, SetwiseError
 from tiny import TINY_MODEL

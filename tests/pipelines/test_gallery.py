@@ -19,10 +19,11 @@ import browser
 from setwise.pipelines import batches, cli, evaluate, gallery, index, prepare, recipe, trained_model
 from setwise.pipelines.cards import Measured
 from setwise.pipelines.datasets import SPLITS, Caption, Row, Source
+from setwise.pipelines.embeddings import Embeddings
 from setwise.pipelines.prepare import PrepareConfig
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.references import Reference
-from setwise.pipelines.trained_model import Embeddings, Retrieval
+from setwise.pipelines.retrieval import Retrieval
 from setwise.platform import checkpoint, config, run, seeding, storage
 from setwise.platform.errors import ConfigError, DataError
 from setwise.platform.tracking import Tracker
@@ -273,7 +274,7 @@ def test_beside_another_model_ranks_before_stand_against_ranks_after(
     assert [broken for _, broken, _ in changes] == sorted((broken for _, broken, _ in changes), reverse=True)
 
     alone = gallery.make(other, place, versus=digits, queries=4, worst=True)
-    assert "This model has one slot" in alone and "What each slot sees" not in alone
+    assert "This model has no slots beside each other" in alone and "What each slot sees" not in alone
     assert "Broken: image to text" in alone and "Fixed" not in alone
     evil = untrained(place, recipe.load("digits_cnn_bigru", [*TINY_MODEL, "data.name=evil"]), "other-data")
     with pytest.raises(ConfigError, match="digits-k4 reads data set 'digits' and other-data 'evil'"):

@@ -8,7 +8,8 @@ import torch
 
 from setwise.pipelines import batches, index, prepare, recipe, trained_model
 from setwise.pipelines.recipe import Recipe
-from setwise.pipelines.trained_model import Retrieval, TrainedModel
+from setwise.pipelines.retrieval import Retrieval
+from setwise.pipelines.trained_model import TrainedModel
 from setwise.platform import checkpoint, seeding
 from tiny import TINY_MODEL
 

@@ -12,7 +12,9 @@ from torchvision.models import resnet18
 
 from setwise.models.retriever import SetRetriever
 from setwise.pipelines import pretrained, recipe
+from setwise.pipelines.prepare import Prepared
 from setwise.pipelines.recipe import Recipe
+from setwise.pipelines.retrieval import Retrieval
 from setwise.pipelines.vocabulary import SPECIAL, Vocabulary
 from setwise.platform.errors import DataError
 
@@ -27,13 +29,13 @@ def named(part: str, encoder: dict[str, Any]) -> Recipe:
 
 def started(settings: Recipe, folder: Path) -> tuple[SetRetriever, SetRetriever, dict[str, str]]:
     """A retriever before and after, and the tags."""
-    retrievers = []
+    systems = []
     for _ in range(2):
         torch.manual_seed(0)
-        retrievers.append(SetRetriever(settings.model, len(WORDS)))
+        systems.append(Retrieval(settings, len(WORDS)))
     pretrained.locate(settings, folder)
-    tags = pretrained.start(retrievers[1], settings, WORDS, folder)
-    return retrievers[0], retrievers[1], tags
+    tags = pretrained.start(systems[1], settings, WORDS, Prepared(folder, {}), folder)
+    return systems[0].retriever, systems[1].retriever, tags
 
 
 def test_words_start_from_their_vectors_and_the_others_at_random(tmp_path: Path) -> None:

@@ -103,6 +103,38 @@ def test_stopped_after_any_step_it_goes_on_with_the_next(
     assert epochs == [1, 2, 3]
 
 
+OPTIMIZERS = {
+    "amsgrad": ("optimizer.kind=adam", "optimizer.amsgrad=true"),
+    "adamp": ("optimizer.kind=adamp",),
+    "sgd": ("optimizer.kind=sgd", "optimizer.lr=0.1", "optimizer.lookahead_steps=3"),
+    "plateau": ("optimizer.schedule=plateau", "optimizer.plateau_patience=0", "optimizer.lr=1e-12"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_whatever_the_optimizer_it_goes_on_within_an_epoch_as_if_nothing_had_been(
+    store: Path, tiny_recipe: Recipe, name: str
+) -> None:
+    """Stopped three times: amid the steps of Lookahead, amid an epoch, and after an epoch that lowered the rate."""
+    settings = recipe.load("digits_cnn_bigru", [*overrides_of(tiny_recipe), *RANDOM, *OPTIMIZERS[name]])
+    whole = start(store, f"optimizer-{name}-whole", settings)
+    expected = train_run(store, whole, settings)
+    training = start(store, f"optimizer-{name}-stopped", settings)
+    for steps in (1, 1, 7):
+        with pytest.raises(StoppedError):
+            train_run(store, training, settings, notice=after(steps))
+    assert without_time(train_run(store, training, settings)) == without_time(expected)
+    last = f"epoch_{EPOCHS:04d}"
+    assert digest(training.checkpoints / last) == digest(whole.checkpoints / last)
+    assert state_of(training.checkpoints / last) == state_of(whole.checkpoints / last)
+    if name == "plateau":  # a rate so low that nothing changes, so that no epoch is better than the first
+        first = settings.optimizer.lr
+        factor = settings.optimizer.step_factor
+        assert [values["train/lr"] for values in expected] == pytest.approx([first, first, first * factor])
+    else:
+        assert expected[-1]["train/total"] < expected[0]["train/total"]
+
+
 @pytest.mark.parametrize("death", [2, 4, 5, 8, 12])
 def test_a_death_costs_as_many_steps_as_the_recipe_says(
     store: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, death: int
@@ -180,7 +212,7 @@ def test_a_loss_that_is_not_finite_is_kept_by_no_checkpoint(
     def poisoned(*arguments: Any) -> Any:
         calls.append(1)
         parts = real(*arguments)
-        return parts._replace(total=parts.total * float("nan")) if len(calls) == 3 else parts
+        return parts | {"total": parts["total"] * float("nan")} if len(calls) == 3 else parts
 
     monkeypatch.setattr(train, "global_loss", poisoned)
     with pytest.raises(DivergedError, match="step 2"):

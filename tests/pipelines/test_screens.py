@@ -28,11 +28,28 @@ def test_vectors_too_short_for_their_squares_are_ranked_too(kind: str, screen: r
 @pytest.mark.parametrize("elements", [1, 2])
 def test_a_side_of_zeros_or_of_next_to_nothing_ties_or_is_ranked(elements: int) -> None:
     for length in (0.0, 1e-10):
-        for kind in ("chamfer", "smooth_chamfer", "cosine", "pcme"):
+        for kind in ("chamfer", "smooth_chamfer", "cosine", "pcme", "csd"):
             rows = torch.full((2, elements, 4), length)
             member = Member(rows, rows.clone(), Similarity(SimilarityConfig(kind=kind, alpha=1)))  # type: ignore[arg-type]
             answers, _ = ranking.count_ahead([member], Asked(np.zeros(1, int), np.zeros(1, int)), None)
             assert answers.ahead.tolist() == [1]
+
+
+@pytest.mark.parametrize("screen", ["int8", "bf16", "float32"])
+def test_distributions_of_large_variance_are_ranked_by_their_means_too(screen: ranking.Screen) -> None:
+    """The lengths of their vectors, and so all bounds, are thousands of times the differences that decide."""
+    generator = torch.Generator().manual_seed(1)
+    means = torch.nn.functional.normalize(torch.randn(90, 1, 16, generator=generator), dim=2)
+    spread, nothing = torch.full((90, 1, 1), 1000.0), torch.zeros(90, 1, 1)
+    rows, columns = torch.cat((means, spread, nothing), 2)[:30], torch.cat((means, nothing, spread), 2)[30:]
+    member = Member(rows, columns, Similarity(SimilarityConfig(kind="csd")))
+    squared = (rows.double()[:, None] - columns.double()).square().sum((2, 3))
+    scores = (5 - 5 * squared).float()
+    assert scores.unique(dim=1).shape == (30, 60), "rounding left no difference"
+    query, item = (index.ravel() for index in np.indices((30, 60)))
+    answers, _ = ranking.count_ahead([member], Asked(query, item), None, screen=screen)
+    expected = (scores[:, None] >= scores[:, :, None]).sum(2) - 1
+    assert answers.ahead.tolist() == expected.flatten().tolist()
 
 
 def test_sums_of_many_equal_numbers_stay_within_the_bound() -> None:

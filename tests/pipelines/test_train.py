@@ -18,7 +18,7 @@ import torch
 
 from setwise.pipelines import prepare, recipe, train, trained_model
 from setwise.pipelines.recipe import Recipe
-from setwise.pipelines.trained_model import Retrieval
+from setwise.pipelines.retrieval import Retrieval
 from setwise.platform import checkpoint, run, seeding
 from setwise.platform.errors import DataError, DivergedError
 from trainings import TIMES, KilledError, digest, overrides_of, start, train_run, without_time
@@ -73,7 +73,7 @@ def test_images_a_second_are_those_of_training_without_validation(
     """A clock that runs only in steps, 2 s each, and in validation: 80 images in 8 s, of which an epoch of 18 images
     a batch leaves out 8."""
     now = [0.0]
-    real_loss, real_validate = train.global_loss, train.validate
+    real_loss, real_validate = train.global_loss, Retrieval.validate
 
     def global_loss(*arguments: Any) -> Any:
         now[0] += 2
@@ -84,7 +84,7 @@ def test_images_a_second_are_those_of_training_without_validation(
         return real_validate(*arguments)
 
     monkeypatch.setattr(train, "global_loss", global_loss)
-    monkeypatch.setattr(train, "validate", validate)
+    monkeypatch.setattr(Retrieval, "validate", validate)
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
     for batch, drop_last, expected in ((20, True, 80 / 8), (18, True, 72 / 8), (18, False, 80 / 10)):
         changed = [f"train.batch_size={batch}", f"train.drop_last={json.dumps(drop_last)}", "train.epochs=2"]
@@ -170,7 +170,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(
     def poisoned(*arguments: object) -> object:
         calls.append(1)
         parts = real(*arguments)  # type: ignore[arg-type]
-        return parts._replace(total=parts.total * math.nan) if len(calls) == 6 else parts
+        return parts | {"total": parts["total"] * math.nan} if len(calls) == 6 else parts
 
     monkeypatch.setattr(train, "global_loss", poisoned)
     with pytest.raises(DivergedError, match=r"step 5 \(epoch 2\).*gradient norm nan"):
@@ -315,7 +315,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
     def spoilt(*arguments: object) -> object:
         calls.append(1)
         parts = real(*arguments)  # type: ignore[arg-type]
-        return parts._replace(total=Spoilt.apply(parts.total)) if len(calls) - 1 in steps else parts
+        return parts | {"total": Spoilt.apply(parts["total"])} if len(calls) - 1 in steps else parts
 
     monkeypatch.setattr(train, "global_loss", spoilt)
 

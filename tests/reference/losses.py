@@ -61,6 +61,16 @@ def mmd(x: Array, y: Array, gamma: float) -> float:
     return mean_kernel(x, x) - 2 * mean_kernel(x, y) + mean_kernel(y, y)
 
 
+def gram_diversity(slots: Array) -> float:
+    """PVSE's: root of the sum of the squared cosines of different slots in both orders, over K squared."""
+    norms = []
+    for sample in slots:
+        units = [slot / math.sqrt(slot @ slot) for slot in sample]
+        squares = [(a @ b) ** 2 for i, a in enumerate(units) for j, b in enumerate(units) if i != j]
+        norms.append(math.sqrt(sum(squares)) / len(units) ** 2)
+    return sum(norms) / len(norms)
+
+
 def diversity(slots: Array) -> float:
     samples = []
     for sample in slots:

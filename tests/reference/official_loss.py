@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from setwise.models.config import LossConfig, Negatives, SimilarityConfig
+from setwise.models.config import Negatives, SimilarityConfig, TripletConfig
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -24,7 +24,7 @@ def official_loss(
     text_slots: Tensor,
     owners: Tensor,
     similarity: SimilarityConfig,
-    config: LossConfig,
+    config: TripletConfig,
     negatives: Negatives,
     scale: Tensor | float = 1.0,
     shift: Tensor | float = 0.0,

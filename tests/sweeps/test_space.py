@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from setwise.models.config import ModelConfig, SetPredictionConfig
 from setwise.pipelines import recipe as recipes
 from setwise.platform import config
 from setwise.platform.errors import ConfigError
@@ -39,7 +40,7 @@ def test_every_shipped_study_loads_and_its_trial_0_is_the_recipe_itself(name: st
     values = space.default_values(study, base)
     assert values.keys() <= study.space.keys()
     assert all(study.space[setting].contains(value) for setting, value in values.items())
-    assert space.with_values(base, values) == base
+    assert study.recipe_of(base, values) == base
 
 
 @pytest.mark.parametrize("name", space.names())
@@ -47,7 +48,7 @@ def test_whatever_a_shipped_study_draws_is_a_recipe(name: str) -> None:
     study, base = space.load(name)
     chance = random.Random(0)
     for _ in range(30):
-        space.with_values(base, {setting: draw(domain, chance) for setting, domain in study.space.items()})
+        study.recipe_of(base, {setting: draw(domain, chance) for setting, domain in study.space.items()})
 
 
 def draw(domain: Domain, chance: random.Random) -> Any:
@@ -250,9 +251,15 @@ def test_a_grid_has_every_combination_once(tmp_path: Path) -> None:
     assert "the grid has 6 points" in line
 
 
-@pytest.mark.parametrize("recipe", recipes.names())
+def of_the_method(name: str) -> bool:
+    """Whether a recipe is one of DivE's, and not of a system before it."""
+    model = recipes.load(name).model
+    return isinstance(model, ModelConfig) and isinstance(model.set_prediction, SetPredictionConfig)
+
+
+@pytest.mark.parametrize("recipe", [name for name in recipes.names() if of_the_method(name)])
 @pytest.mark.parametrize("name", ["slots", "temperature", "loss_weights", "paper"])
-def test_the_papers_studies_fit_every_recipe(name: str, recipe: str) -> None:
+def test_the_papers_studies_fit_every_recipe_of_the_method(name: str, recipe: str) -> None:
     space.load(name, [f"recipe={recipe}"])
 
 
@@ -303,3 +310,108 @@ def test_settings_of_the_command_line_belong_to_the_study_where_they_change_it()
     other, base = space.load("digits", ["train.epochs=4", "loss.margin=0.3", "trials=2"])
     assert other.overrides == {**plain.overrides, "train.epochs": 4, "loss.margin": 0.3}
     assert (base.train.epochs, base.loss.margin, other.trials) == (4, 0.3, 2)
+
+
+# --- variants ---------------------------------------------------------------------------------------------------
+
+VARIANTS = """recipe: digits_cnn_bigru
+overrides: {train.epochs: 3, loss.margin: 0.3}
+variants:
+  plain: {}
+  mil: {overrides: {similarity.kind: mil, loss.margin: 0.1}}
+  vector: {group: K, overrides: {model.set_prediction.num_slots: 1}}
+"""
+
+
+def test_variants_are_a_grid_seed_by_seed_with_the_budget_of_the_study(tmp_path: Path) -> None:
+    study, base = load(tmp_path, VARIANTS + "seeds: 2\n", "train.batch_size=30")
+    assert study.grid() == [
+        {"train.seed": seed, "variant": name} for seed in (0, 1) for name in ("plain", "mil", "vector")
+    ]
+    assert (study.trials, study.sampler) == (6, "grid")
+    recipes_of = [study.recipe_of(base, values) for values in study.grid()]
+    assert [one.train.seed for one in recipes_of] == [0, 0, 0, 1, 1, 1]
+    assert {(one.train.epochs, one.train.batch_size) for one in recipes_of} == {(3, 30)}
+    assert [one.loss.margin for one in recipes_of[:3]] == [0.3, 0.1, 0.3]  # type: ignore[union-attr]
+    assert [one.similarity.kind for one in recipes_of[:3]] == ["smooth_chamfer", "mil", "smooth_chamfer"]
+    assert [one.retriever.set_prediction.num_slots for one in recipes_of[:3]] == [4, 4, 1]
+    assert base == recipes_of[0] and space.default_values(study, base) == study.grid()[0]
+
+
+def test_a_variant_is_its_own_recipe_and_one_seed_is_no_parameter(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: digits_cnn_bigru\nmodel: {embed_size: 24}\nsimilarity: {kind: chamfer}\n")
+    text = VARIANTS + f"  other: {{recipe: {own}, overrides: {{model.embed_size: 32}}}}\nseeds: 1\n"
+    study, base = load(tmp_path, text)
+    assert list(study.space) == ["variant"] and study.trials == 4
+    other = study.recipe_of(base, {"variant": "other"})
+    assert (other.retriever.embed_size, other.similarity.kind, other.train.epochs) == (32, "chamfer", 3)
+    own.unlink()  # what a study trains is known from its own record
+    assert study.recipe_of(base, {"variant": "other", "train.seed": 7}).train.seed == 7
+    assert study.each_recipe(base)[-1] == other and space.load("digits")[0].each_recipe(base) == [base]
+
+
+def test_every_mistake_in_variants_has_its_place(tmp_path: Path) -> None:
+    text = """recipe: digits_cnn_bigru
+variants:
+  good: {}
+  a: {overrides: {model.set_prediction.numslots: 1}}
+  b: {recipe: digits_cnn_bigrus}
+  c: {overrides: {similarity.kind: cross_attention}}
+  d: {overrides: {train.epochs: 3}}
+  e: {overrides: {model.embed_size: -1}}
+  f: {recipe: digits_slot_autoencoder}
+"""
+    a, b, c, d, e, f = mistakes(tmp_path, text)
+    assert a.startswith("study.yaml:4:19: 'model.set_prediction.numslots' is not a setting. Did you mean")
+    assert a.endswith("(variant 'a')")
+    assert b.startswith("study.yaml:5:7: variants.b: no recipe is called 'digits_cnn_bigrus'. Did you mean")
+    assert c.startswith("study.yaml:6:3: variants.c: similarity.kind=cross_attention and")
+    assert d.startswith("study.yaml:7:3: variants.d: train.epochs is 3 and 24 in 'good'")
+    assert e.startswith("study.yaml:8:19: model.embed_size: ") and e.endswith("(variant 'e')")
+    assert f.startswith("study.yaml:9:3: variants.f: a model of kind 'slot_autoencoder' has no embeddings")
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("sampler: tpe", "variants are a grid"),
+        ("pruning: {grace_epochs: 1}", "variants are a grid"),
+        ("population: {perturb_epochs: 1}", "variants are a grid"),
+        ("objectives: [val/rsum, query_ms]", "trained for val/rsum alone"),
+        ("trials: 10", "the grid has 9 points"),
+        ("space: {similarity.alpha: {choice: [1, 2]}}", "leave one of the two out"),
+        ("seeds: 0", "greater than or equal to 1"),
+        ("deck: {baseline: plane}", "Did you mean 'plain'"),
+        ("deck: {claims: [{says: x, better: plain, than: none}]}", "no variant is called 'none'"),
+    ],
+)
+def test_what_variants_do_not_go_with(tmp_path: Path, more: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        load(tmp_path, f"{VARIANTS}{more}\n")
+
+
+def test_seeds_and_settings_are_the_study_s_own_and_one_variant_is_no_comparison(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"study.yaml:7:19: train.seed: variants are trained with the seeds"):
+        load(tmp_path, VARIANTS + "  z: {overrides: {train.seed: 1}}\n")
+    with pytest.raises(ConfigError, match=r"train.seed: variants are trained with the seeds"):
+        load(tmp_path, VARIANTS, "train.seed=1")
+    with pytest.raises(ConfigError, match=r"variants.z.settings: setwise writes them"):
+        load(tmp_path, VARIANTS + "  z: {settings: {}}\n")
+    with pytest.raises(ConfigError, match="give two or more"):
+        load(tmp_path, "recipe: digits_cnn_bigru\nvariants: {only: {}}\n")
+    with pytest.raises(ConfigError, match="it is the page of a study with variants"):
+        load(tmp_path, HEAD + "deck: {images: 5}\nspace:\n  loss.margin: {uniform: [0.1, 0.3]}\n")
+
+
+def test_claims_may_change_without_making_another_study(tmp_path: Path) -> None:
+    first, _ = load(tmp_path, VARIANTS)
+    second, _ = load(tmp_path, VARIANTS + "deck: {baseline: mil, claims: [{says: x, better: mil, than: plain}]}\n")
+    assert first != second and first.identity == second.identity
+    other, _ = load(tmp_path, VARIANTS, "loss.mmd_weight=0.5")
+    assert other.identity != first.identity
+
+
+def test_a_file_with_variants_is_a_study(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text(VARIANTS)
+    assert space.is_study(tmp_path / "one.yaml")
