@@ -22,7 +22,7 @@ from setwise.platform import config
 from setwise.platform.config import Layer, Settings
 from setwise.platform.errors import ConfigError
 from setwise.sweeps.domain import Domain
-from setwise.sweeps.variants import NAME, VARIANT, Deck, Variant, as_layer, resolved, space_of
+from setwise.sweeps.variants import NAME, VARIANT, Deck, Variant, as_layer, in_turn, resolved, space_of
 
 FOLDER = Path(__file__).parent
 Objective = Literal["val/rsum", "embedding_size", "query_ms"]
@@ -52,9 +52,7 @@ class Study(Settings):
     """What `setwise sweep` runs."""
 
     recipe: str
-    overrides: dict[str, Any] = Field(
-        default_factory=dict, description="settings of the recipe that hold for all trials"
-    )
+    overrides: dict[str, Any] = Field(default_factory=dict, description="settings of the recipe, for all trials")
     trials: int = Field(20, ge=1, le=100_000)
     seed: int = Field(0, ge=0, lt=2**31, description="of the sampler; each trial trains with the recipe's own seed")
     sampler: Literal["tpe", "grid", "random"] = Field(
@@ -133,9 +131,10 @@ class Study(Settings):
         return self
 
     def grid(self) -> list[dict[str, Any]]:
-        """Every combination of choices, the last setting changing first."""
+        """Every combination of choices, the last setting changing first; variants in the order of variants.py."""
         combinations = itertools.product(*(domain.choice or () for domain in self.space.values()))
-        return [dict(zip(self.space, values, strict=True)) for values in combinations]
+        points = [dict(zip(self.space, values, strict=True)) for values in combinations]
+        return in_turn(points, self.variants) if self.variants else points
 
     @property
     def identity(self) -> Study:

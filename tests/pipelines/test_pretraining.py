@@ -32,7 +32,7 @@ from setwise.pipelines import (
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.references import Reference
 from setwise.pipelines.workers import Worker
-from setwise.platform import checkpoint, config, run, storage
+from setwise.platform import checkpoint, cluster, config, run, storage
 from setwise.platform.errors import ConfigError, DataError, StoppedError
 from setwise.platform.run import Run
 from setwise.platform.tracking import Tracker
@@ -84,7 +84,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(worker_group, "train_with_ray", here)
     monkeypatch.setattr(worker_group, "room", lambda settings: (1, False))
     monkeypatch.setattr(worker_group, "interruptible", contextlib.nullcontext)  # signals come to the main thread alone
-    monkeypatch.setattr(launch.cluster, "connect", contextlib.nullcontext)
+    monkeypatch.setattr(cluster, "connect", contextlib.nullcontext)
     return names
 
 
@@ -203,7 +203,7 @@ def test_whoever_comes_while_it_is_trained_waits_and_then_finds_it(own: Path, tr
     with pretraining.turn(before, said.append):
         waiting = threading.Thread(target=lambda: go(own, settings, "main"))
         waiting.start()
-        launch.run.create(own / "runs", before.name, config.to_yaml(planned.before.recipe), "tests")
+        run.create(own / "runs", before.name, config.to_yaml(planned.before.recipe), "tests")
         train_run(own, before, planned.before.recipe)
         records.end(before, "FINISHED")
         assert trained == []

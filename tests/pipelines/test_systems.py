@@ -23,7 +23,7 @@ from trainings import start, train_run
 DIGITS = [name for name in recipe.names() if name.startswith("digits")]
 SYSTEMS = [name for name in DIGITS if isinstance(recipe.load(name).model, ModelConfig)]
 PUBLISHED = [name for name in recipe.names() if not name.startswith("digits")]
-SAID = re.compile(r"# \[(script|code|author|user|DDAN|deck|paper|guess)\] ?(.*)")
+SAID = re.compile(r"# \[(script|code|author|user|DDAN|deck|paper|virtex|method|differs|guess)\] ?(.*)")
 
 
 def smaller(name: str) -> Recipe:

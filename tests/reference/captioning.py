@@ -26,7 +26,7 @@ def attend(attention: Attention, queries_QH: Tensor, sources_MH: Tensor, causal:
             weights = [((query[q, part] * key[m, part]).sum() / math.sqrt(width)).exp() for m in seen]
             total = sum(weights)
             heads.append(sum(weight / total * value[m, part] for weight, m in zip(weights, seen, strict=True)))
-        rows.append(torch.cat(heads))  # type: ignore[arg-type]
+        rows.append(torch.cat(heads))
     result: Tensor = attention.to_output(torch.stack(rows))
     return result
 
@@ -56,6 +56,6 @@ def surprise(captioner: Captioner, local_MX: Tensor, tokens: list[int], backward
             (x_QH[n] * vector).sum() + bias
             for vector, bias in zip(captioner.words.weight, captioner.output_bias, strict=True)
         ]
-        total = total + sum(logit.exp() for logit in logits).log() - logits[word]  # type: ignore[union-attr]
+        total = total + sum(logit.exp() for logit in logits).log() - logits[word]
         hits += max(range(len(logits)), key=lambda v: logits[v].item()) == word
     return total, hits

@@ -26,7 +26,7 @@ def read(module: RecurrentSlotAttention, slots_KD: Tensor, inputs_NX: Tensor) ->
         for k, slot in enumerate(slots_KD):
             mass = sum(column[k] for column in columns)
             update = sum(column[k] / mass * value for column, value in zip(columns, value_ND, strict=True))
-            slots.append(gated(module.gru, update, slot))  # type: ignore[arg-type]
+            slots.append(gated(module.gru, update, slot))
         slots_KD = torch.stack(slots)
         slots_KD = slots_KD + module.output(module.hidden(module.mlp_norm(slots_KD)).clamp(min=0))
     return slots_KD

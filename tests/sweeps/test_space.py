@@ -323,11 +323,10 @@ variants:
 """
 
 
-def test_variants_are_a_grid_seed_by_seed_with_the_budget_of_the_study(tmp_path: Path) -> None:
+def test_variants_are_a_grid_with_the_budget_of_the_study(tmp_path: Path) -> None:
     study, base = load(tmp_path, VARIANTS + "seeds: 2\n", "train.batch_size=30")
-    assert study.grid() == [
-        {"train.seed": seed, "variant": name} for seed in (0, 1) for name in ("plain", "mil", "vector")
-    ]
+    order = [(seed, name) for seed in (0, 1) for name in ("plain", "mil", "vector")]
+    assert study.grid() == [{"train.seed": seed, "variant": name} for seed, name in order]
     assert (study.trials, study.sampler) == (6, "grid")
     recipes_of = [study.recipe_of(base, values) for values in study.grid()]
     assert [one.train.seed for one in recipes_of] == [0, 0, 0, 1, 1, 1]
@@ -336,6 +335,22 @@ def test_variants_are_a_grid_seed_by_seed_with_the_budget_of_the_study(tmp_path:
     assert [one.similarity.kind for one in recipes_of[:3]] == ["smooth_chamfer", "mil", "smooth_chamfer"]
     assert [one.retriever.set_prediction.num_slots for one in recipes_of[:3]] == [4, 4, 1]
     assert base == recipes_of[0] and space.default_values(study, base) == study.grid()[0]
+
+
+def test_every_variant_comes_once_before_other_seeds_of_systems_and_those_before_other_seeds_of_ablations(
+    tmp_path: Path,
+) -> None:
+    text = VARIANTS.replace("  mil: {", "  mil: {group: similarity, ") + "seeds: 3\n"
+    study, _ = load(tmp_path, text)
+    assert [(point["train.seed"], point["variant"]) for point in study.grid()] == [
+        *((0, "plain"), (0, "mil"), (0, "vector"), (1, "plain"), (2, "plain")),
+        *((1, "mil"), (1, "vector"), (2, "mil"), (2, "vector")),
+    ]
+    deck, _ = space.load("deck")
+    seeds = {
+        name: [p["train.seed"] for p in deck.grid()[: deck.trials] if p["variant"] == name] for name in deck.variants
+    }
+    assert all(len(seeds[name]) == (3 if one.group == "systems" else 1) for name, one in deck.variants.items())
 
 
 def test_a_variant_is_its_own_recipe_and_one_seed_is_no_parameter(tmp_path: Path) -> None:
