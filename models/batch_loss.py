@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from setwise.models import losses
-from setwise.models.config import Negatives, TripletConfig
+from setwise.models.loss_config import Negatives, TripletConfig
 from setwise.models.set_prediction import SetEmbedding
 from setwise.models.similarity import Similarity
 

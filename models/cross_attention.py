@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from setwise.models import losses
-from setwise.models.config import FragmentsConfig, Negatives, SimilarityConfig, TripletConfig
+from setwise.models.config import FragmentsConfig
+from setwise.models.loss_config import Negatives, SimilarityConfig, TripletConfig
 from setwise.models.set_prediction import Features, SetEmbedding
 from setwise.models.similarity import Similarity
 

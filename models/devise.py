@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from setwise.models.config import HingeRankConfig
+from setwise.models.loss_config import HingeRankConfig
 from setwise.models.set_prediction import Features, SetEmbedding, padding_after
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from setwise.models.config import Diversity, Negatives
+from setwise.models.loss_config import Diversity, Negatives
 
 
 def triplet(scores: Tensor, positives: Tensor, margin: float, hardest: bool) -> Tensor:

@@ -4,7 +4,8 @@ from torch import Tensor
 
 from setwise.models import devise, probabilistic
 from setwise.models.batch_loss import batch_loss
-from setwise.models.config import (
+from setwise.models.cross_attention import CrossAttention, triplet_of_scores
+from setwise.models.loss_config import (
     HingeRankConfig,
     LossConfig,
     MatchingConfig,
@@ -12,7 +13,6 @@ from setwise.models.config import (
     SoftContrastiveConfig,
     TripletConfig,
 )
-from setwise.models.cross_attention import CrossAttention, triplet_of_scores
 from setwise.models.set_prediction import SetEmbedding
 from setwise.models.similarity import Similarity
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from setwise.models.config import GaussianConfig, GPOConfig, MatchingConfig, PIENetConfig, SoftContrastiveConfig
+from setwise.models.config import GaussianConfig, GPOConfig, PIENetConfig
 from setwise.models.dropout import sample_normal
 from setwise.models.gpo import GPO, SortedPooling
+from setwise.models.loss_config import MatchingConfig, SoftContrastiveConfig
 from setwise.models.pie_net import MultiAttention, PIENet
 from setwise.models.set_prediction import Features, SetEmbedding
 from setwise.models.similarity import Similarity

@@ -8,7 +8,7 @@ or autocast say: at alpha = 64 half precision would keep fewer than two digits o
 import torch
 from torch import Tensor, nn
 
-from setwise.models.config import SimilarityConfig
+from setwise.models.loss_config import SimilarityConfig
 
 
 def _cosines(image_sets_IKD: Tensor, text_sets_TJD: Tensor) -> Tensor:

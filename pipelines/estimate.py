@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from setwise.models.config import BertConfig, GridConfig, ModelConfig, RegionsConfig, TripletConfig
+from setwise.models.config import BertConfig, GridConfig, ModelConfig, RegionsConfig
+from setwise.models.loss_config import TripletConfig
 from setwise.pipelines import batches, datasets, footprint, hardware, prepare, shards, vocabulary
 from setwise.pipelines.footprint import Footprint, Inputs, Part
 from setwise.pipelines.hardware import Preset

@@ -12,17 +12,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from setwise.models.config import (
-    GaussianConfig,
-    GridConfig,
+from setwise.models.config import GaussianConfig, GridConfig, ModelConfig, kind_if_none_is_named
+from setwise.models.loss_config import (
     HingeRankConfig,
     LossConfig,
     MatchingConfig,
-    ModelConfig,
     SimilarityConfig,
     SoftContrastiveConfig,
     TripletConfig,
-    kind_if_none_is_named,
 )
 from setwise.models.pretext_config import CaptionerConfig, SlotAutoencoderConfig
 from setwise.platform import config

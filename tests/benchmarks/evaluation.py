@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from benchmarks.loss import cpu_seconds, processor, resident_mib
 from reference import official_evaluation
-from setwise.models.config import SimilarityConfig
+from setwise.models.loss_config import SimilarityConfig
 from setwise.models.similarity import Similarity
 from setwise.pipelines import ranking, screens
 from setwise.pipelines.ranking import Answers, Asked, Member

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from reference.official_loss import official_loss
 from setwise.models.batch_loss import batch_loss
-from setwise.models.config import SimilarityConfig, TripletConfig
+from setwise.models.loss_config import SimilarityConfig, TripletConfig
 from setwise.models.set_prediction import SetEmbedding
 from setwise.models.similarity import Similarity
 

@@ -16,7 +16,7 @@ from reference.official_loss import official_loss
 from setwise.models import batch_loss as module
 from setwise.models import losses
 from setwise.models.batch_loss import batch_loss
-from setwise.models.config import Negatives, SimilarityConfig, TripletConfig
+from setwise.models.loss_config import Negatives, SimilarityConfig, TripletConfig
 from setwise.models.set_prediction import SetEmbedding
 from setwise.models.similarity import Similarity
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from setwise.models.config import ModelConfig, SimilarityConfig, TripletConfig
+from setwise.models.config import ModelConfig
+from setwise.models.loss_config import SimilarityConfig, TripletConfig
 
 MODEL: dict[str, Any] = {
     "embed_size": 16,

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from reference import cross_attention as naive
 from setwise.models import cross_attention
-from setwise.models.config import FragmentsConfig, ModelConfig, Negatives, SimilarityConfig, TripletConfig
+from setwise.models.config import FragmentsConfig, ModelConfig
 from setwise.models.cross_attention import CrossAttention, Fragments, triplet_of_scores
+from setwise.models.loss_config import Negatives, SimilarityConfig, TripletConfig
 from setwise.models.objective import loss_of_batch, similarity_of
 from setwise.models.set_prediction import Features, SetEmbedding
 from setwise.models.similarity import Similarity

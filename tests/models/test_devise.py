@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from reference import devise as naive
-from setwise.models.config import HingeRankConfig, ModelConfig, SimilarityConfig
+from setwise.models.config import ModelConfig
 from setwise.models.devise import WordMean, WordSpace, hinge_rank
+from setwise.models.loss_config import HingeRankConfig, SimilarityConfig
 from setwise.models.objective import loss_of_batch
 from setwise.models.retriever import SetRetriever
 from setwise.models.set_prediction import Features, SetEmbedding

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reference.gpo import place_weights, pool
-from setwise.models.config import GPOConfig, ModelConfig, RegionsConfig, TripletConfig
+from setwise.models.config import GPOConfig, ModelConfig, RegionsConfig
 from setwise.models.gpo import GPO, SortedPooling
+from setwise.models.loss_config import TripletConfig
 from setwise.models.pooled import Pooled
 from setwise.models.retriever import SetRetriever
 from setwise.models.set_prediction import Features

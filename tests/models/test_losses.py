@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import reference.losses as naive
 from setwise.models import losses
-from setwise.models.config import Diversity, Negatives
+from setwise.models.loss_config import Diversity, Negatives
 from setwise.models.losses import diversity, gram_diversity, mmd, triplet, triplet_semi_hard, triplet_violating
 from setwise.models.similarity import smooth_chamfer
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from reference.pie_net import embed
-from setwise.models.config import ModelConfig, PIENetConfig, TripletConfig
+from setwise.models.config import ModelConfig, PIENetConfig
 from setwise.models.dropout import name_layers
+from setwise.models.loss_config import TripletConfig
 from setwise.models.pie_net import PIENet
 from setwise.models.retriever import SetRetriever
 from setwise.models.set_prediction import Features

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 import reference.probabilistic as naive
 from setwise.models import probabilistic
-from setwise.models.config import GaussianConfig, MatchingConfig, SimilarityConfig, SoftContrastiveConfig
+from setwise.models.config import GaussianConfig
 from setwise.models.dropout import name_layers
+from setwise.models.loss_config import MatchingConfig, SimilarityConfig, SoftContrastiveConfig
 from setwise.models.probabilistic import Gaussian, kl_divergence, matching, pseudo_positives, soft_contrastive
 from setwise.models.set_prediction import Features, SetEmbedding
 from setwise.models.similarity import Similarity, closed_form_match

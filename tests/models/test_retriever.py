@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from setwise.models.batch_loss import batch_loss
-from setwise.models.config import ModelConfig, Negatives, SimilarityConfig, TripletConfig
+from setwise.models.config import ModelConfig
+from setwise.models.loss_config import Negatives, SimilarityConfig, TripletConfig
 from setwise.models.retriever import SetRetriever
 from setwise.models.similarity import Similarity
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import reference.similarity as naive
 from setwise.models import losses
 from setwise.models.batch_loss import batch_loss
-from setwise.models.config import Negatives, SimilarityConfig, TripletConfig
+from setwise.models.loss_config import Negatives, SimilarityConfig, TripletConfig
 from setwise.models.set_prediction import SetEmbedding
 from setwise.models.similarity import (
     Similarity,

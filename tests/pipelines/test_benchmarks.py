@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from setwise.models.config import SimilarityConfig
+from setwise.models.loss_config import SimilarityConfig
 from setwise.models.similarity import Similarity
 from setwise.pipelines import benchmarks, metrics, positives, protocol, ranking
 from setwise.pipelines.benchmarks import Encoded, Kind, Outcome

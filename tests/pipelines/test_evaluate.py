@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import numpy as arrays
 
-from setwise.models.config import SimilarityConfig
+from setwise.models.loss_config import SimilarityConfig
 from setwise.models.retriever import SetRetriever
 from setwise.models.similarity import Similarity
 from setwise.pipelines import (

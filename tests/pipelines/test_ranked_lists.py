@@ -15,7 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from setwise.models.config import SimilarityConfig
+from setwise.models.loss_config import SimilarityConfig
 from setwise.models.similarity import Similarity
 from setwise.pipelines import benchmarks, positives, ranked_lists
 from setwise.pipelines.benchmarks import Encoded

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import reference.similarity as naive
 from reference import official_evaluation
-from setwise.models.config import SimilarityConfig
+from setwise.models.loss_config import SimilarityConfig
 from setwise.models.similarity import Similarity
 from setwise.pipelines import block_scores, ranking, screens
 from setwise.pipelines.pooling import Pooling

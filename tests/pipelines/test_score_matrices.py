@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import reference.cross_attention as naive
-from setwise.models.config import SimilarityConfig
 from setwise.models.cross_attention import CrossAttention
+from setwise.models.loss_config import SimilarityConfig
 from setwise.models.similarity import Similarity
 from setwise.pipelines import query_ranks, ranking, score_matrices
 from setwise.pipelines.ranking import Answers, Asked, Member, Ties

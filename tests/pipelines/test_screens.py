@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from setwise.models.config import SimilarityConfig
+from setwise.models.loss_config import SimilarityConfig
 from setwise.models.similarity import Similarity
 from setwise.pipelines import ranking, screens
 from setwise.pipelines.ranking import Asked, Member

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from setwise.models.config import SimilarityConfig
+from setwise.models.loss_config import SimilarityConfig
 
 Ranks = NDArray[np.int64]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from setwise.models.config import Negatives, SimilarityConfig, TripletConfig
+from setwise.models.loss_config import Negatives, SimilarityConfig, TripletConfig
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
