@@ -18,8 +18,6 @@ from setwise.platform.errors import ConfigError, DataError
 from setwise.platform.run import Run
 
 VALIDATION = "val/rsum"
-VARIANT = "variant"
-"""The parameter of a run that says which variant of its study it is."""
 MAIN = ("rsum", "R1", "map_at_r")
 """The metrics that are shown unless others are asked for."""
 ALPHA = 0.05
@@ -73,7 +71,8 @@ class System:
         """The seeds of the configuration that a reference names; of a study, those of its best trial."""
         study = bool(references.trials_of(reference, store))
         runs = references.find_seeds(f"best:{reference}" if study else reference, store)
-        name = references.configuration(runs[0].name) if len(runs) > 1 else runs[0].name
+        is_variant = ":" in reference and not reference.startswith("best:")
+        name = reference if is_variant else references.configuration(runs[0].name) if len(runs) > 1 else runs[0].name
         return cls(name, runs, [value for one in runs if (value := references.best_value(one)) is not None])
 
 
@@ -299,12 +298,10 @@ def _settings(training: Run, but: str = "") -> dict[str, Any]:
 
 def _told(training: Run) -> dict[str, Any]:
     """Its settings; of a variant of a study, which may differ in everything, its name and its seed instead."""
-    settings, params = _settings(training), dict[str, Any]()
-    for event in run.read_events(training.events):
-        params |= event["values"] if event["kind"] == "params" else {}
-    if VARIANT not in params:
+    settings, variant = _settings(training), references.variant_of(training)
+    if variant is None:
         return settings
-    return {VARIANT: params[VARIANT], "train.seed": settings.get("train.seed")}
+    return {references.VARIANT: variant, "train.seed": settings.get("train.seed")}
 
 
 def _differing(settings: list[dict[str, Any]]) -> list[str]:

@@ -5,6 +5,7 @@ a run's name              or the beginning of it, or of its MLflow id, if only o
 a configuration's name    its seeds are the runs NAME-seed0, NAME-seed1, ...; a trial is one more seed of itself
 last                      the run that changed last
 best:STUDY                the best trial of a study
+STUDY:VARIANT             one variant of a study of variants, with all of its seeds
 models:/NAME@ALIAS        a registered version, or models:/NAME/3
 
 Where one checkpoint is wanted, a configuration stands for the run that has just its name, or else for the seed with the
@@ -20,10 +21,12 @@ from pathlib import Path
 from setwise.pipelines import registry
 from setwise.platform import checkpoint, config, storage
 from setwise.platform.errors import ConfigError, DataError
-from setwise.platform.run import Run
+from setwise.platform.run import Run, read_events
 from setwise.platform.tracking import Tracker
 
 SEED = re.compile(r"-seed(\d+)$")
+VARIANT = "variant"
+"""The parameter of a run that says which variant of its study it is."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def resolve(text: str, store: Path, tracker: Tracker) -> Reference:
     if text.startswith("models:/"):
         version = registry.find(tracker, text)
         folder = registry.download(tracker, version, store)
-        made_by = [one for one in all_runs(store) if one.name == version.run]
+        made_by = [run for run in all_runs(store) if run.name == version.run]
         return Reference(f"{version.name} version {version.version}", folder, made_by[0] if made_by else None)
     if (Path(text) / checkpoint.MANIFEST).is_file():
         checkpoint.verify(Path(text))
@@ -105,6 +108,8 @@ def find_seeds(text: str, store: Path) -> list[Run]:
         return [max(runs, key=lambda run: run.events.stat().st_mtime if run.events.is_file() else 0)]
     if text.startswith("best:"):
         return seeds_of(best_of(text.removeprefix("best:"), store).name, store)
+    if trials := trials_of(text.partition(":")[0], store) if ":" in text else []:
+        return _of_variant(text, trials)
     if (Path(text) / "config.yaml").is_file():
         return [Run(Path(text).resolve())]
     if seeds := seeds_of(text, store):
@@ -118,6 +123,27 @@ def find_seeds(text: str, store: Path) -> list[Run]:
     if begun:
         raise ConfigError(f"'{text}' begins several runs: {', '.join(run.name for run in begun[:8])}")
     raise config.no_such("run", text, [run.name for run in runs])
+
+
+def _of_variant(text: str, trials: list[Run]) -> list[Run]:
+    """Those of a study's trials that trained the variant that `text` names behind its colon."""
+    by_variant: dict[str, list[Run]] = {}
+    for trial in trials:
+        if (variant := variant_of(trial)) is not None:
+            by_variant.setdefault(variant, []).append(trial)
+    study, _, name = text.partition(":")
+    if name not in by_variant:
+        raise config.no_such("variant", name, list(by_variant), f" in study '{study}'")
+    return by_variant[name]
+
+
+def variant_of(training: Run) -> str | None:
+    """The variant that a trial of a study of variants trained; None of another run."""
+    variant = None
+    for event in read_events(training.events):
+        if event["kind"] == "params":
+            variant = event["values"].get(VARIANT, variant)
+    return None if variant is None else str(variant)
 
 
 def trial_run(name: str, number: int, store: Path) -> Run:
@@ -170,7 +196,9 @@ def best_value(run: Run) -> float | None:
 def _one_of(seeds: list[Run]) -> Run:
     """Where one is wanted: the run that has the configuration's own name, or else the best by validation."""
     own = [run for run in seeds if run.name == configuration(run.name)]
-    return own[0] if own else max(seeds, key=lambda run: -1 if (value := best_value(run)) is None else value)
+    if len(own) == 1:
+        return own[0]
+    return max(seeds, key=lambda run: -1 if (value := best_value(run)) is None else value)
 
 
 def _mlflow_id(run: Run) -> str:

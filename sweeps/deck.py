@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setwise.pipelines import metrics, protocol, references, statistics, trained_model
+from setwise.pipelines.references import VARIANT
 from setwise.pipelines.statistics import Difference, Interval
 from setwise.platform import config, storage
 from setwise.platform import run as runs
@@ -25,7 +26,7 @@ from setwise.sweeps.deck_claims import RESAMPLES, Judged
 from setwise.sweeps.deck_measure import Measured
 from setwise.sweeps.deck_speed import Speed
 from setwise.sweeps.space import Study
-from setwise.sweeps.variants import SEED, SYSTEMS, VARIANT, Deck
+from setwise.sweeps.variants import SEED, SYSTEMS, Deck
 
 if TYPE_CHECKING:
     import optuna

@@ -18,11 +18,12 @@ from pydantic import Field, model_validator
 from setwise.pipelines import hardware
 from setwise.pipelines import recipe as recipes
 from setwise.pipelines.recipe import Recipe
+from setwise.pipelines.references import VARIANT
 from setwise.platform import config
 from setwise.platform.config import Layer, Settings
 from setwise.platform.errors import ConfigError
 from setwise.sweeps.domain import Domain
-from setwise.sweeps.variants import NAME, VARIANT, Deck, Variant, as_layer, in_turn, resolved, space_of
+from setwise.sweeps.variants import NAME, Deck, Variant, as_layer, in_turn, resolved, space_of
 
 FOLDER = Path(__file__).parent
 Objective = Literal["val/rsum", "embedding_size", "query_ms"]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from setwise.pipelines import references
 from setwise.pipelines.recipe import Recipe
+from setwise.pipelines.references import VARIANT
 from setwise.platform import config as configuration
 from setwise.platform import run, storage
 from setwise.platform.errors import SetwiseError, StoppedError, StorageError
@@ -26,7 +27,7 @@ from setwise.platform.outbox import Outbox
 from setwise.platform.run import Run
 from setwise.platform.storage import LeaseHeldError
 from setwise.sweeps.space import with_values
-from setwise.sweeps.variants import VARIANT, Variant
+from setwise.sweeps.variants import Variant
 
 if TYPE_CHECKING:
     from setwise.sweeps.population import Copy

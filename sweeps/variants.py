@@ -13,6 +13,7 @@ from pydantic import Field
 
 from setwise.pipelines import recipe as recipes
 from setwise.pipelines.recipe import Recipe
+from setwise.pipelines.references import VARIANT
 from setwise.platform import config
 from setwise.platform.config import Keys, Layer, Settings
 from setwise.platform.errors import ConfigError
@@ -20,8 +21,8 @@ from setwise.platform.errors import ConfigError
 if TYPE_CHECKING:
     from setwise.sweeps.space import Study
 
-VARIANT, SEED = "variant", "train.seed"
-"""The two parameters of a trial of such a study."""
+SEED = "train.seed"
+"""Beside the variant, the parameter of a trial of such a study."""
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 SYSTEMS = "systems"
 """The group of variants that are systems of their own; the others are ablations."""

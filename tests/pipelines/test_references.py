@@ -262,3 +262,17 @@ def test_a_registry_address_of_another_form_is_refused(uri: str) -> None:
     nobody: Any = Tracker(1)
     with pytest.raises(ConfigError, match="models:/NAME@ALIAS"):
         registry.find(nobody, uri)
+
+
+def test_a_variant_of_a_study_is_named_with_all_of_its_seeds(store: Path) -> None:
+    for number, (variant, value) in enumerate((("vse", 200.0), ("dive", 190.0), ("vse", 210.0), ("dive", 195.0))):
+        trial = make(store, f"deck-{number:03d}", value)
+        params = {"variant": variant, "train.seed": number // 2}
+        Outbox(trial.events).append({"kind": "params", "values": params})
+    assert [run.name for run in references.find_seeds("deck:vse", store)] == ["deck-000", "deck-002"]
+    assert references.find_run("deck:dive", store).name == "deck-003"  # of several seeds the best by validation
+    assert references.variant_of(references.trial_run("study", 0, store)) is None
+    with pytest.raises(ConfigError, match=r"no variant is called 'dvie'.*Did you mean 'dive'.*in study 'deck'"):
+        references.find_seeds("deck:dvie", store)
+    with pytest.raises(ConfigError, match="no run is called 'nothing:vse'"):
+        references.find_seeds("nothing:vse", store)
