@@ -323,7 +323,8 @@ class ModelConfig(ModelSettings):
         """What is read by nobody would get no gradient, and workers would wait for it."""
         kind, text = self.set_prediction.kind, self.text_encoder
         head = None if isinstance(self.image_encoder, ConvNetConfig) else self.image_encoder.head
-        local, pooled = kind in ("gpo", "fragments"), kind in ("pooled", "word_space")
+        by_gpo = isinstance(self.set_prediction, GaussianConfig) and self.set_prediction.pooling == "gpo"
+        local, pooled = by_gpo or kind in ("gpo", "fragments"), kind in ("pooled", "word_space")
         if local and head is not None and (head.projection == "none" or head.global_feature == "linear"):
             raise ValueError(
                 f"set_prediction.kind={kind} takes projected features and reads no global one: set the head's "

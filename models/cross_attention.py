@@ -6,9 +6,12 @@ said where it is decided. A pair's score depends on attention between the two, s
 side beforehand: that is what its accuracy costs.
 
 Shape suffixes: B samples, N fragments of an image, J words, I images, T captions, X width of a local feature, D width
-of a fragment, A width of the attention; P captions that are compared with one image at a time.
+of a fragment, A width of the attention. Inside of a block one item of the one side, with O fragments, is compared with
+P of the other, with M fragments each.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -24,8 +27,8 @@ from setwise.models.similarity import Similarity
 
 SHARE = 4
 """The attention's hidden width is this part of the fragments' width: a guess, for the price of a pair depends on it."""
-CAPTIONS = 512
-"""So many captions are compared with an image at once."""
+PAIRS = 512
+"""So many are computed at once: those of an image with so many captions, or of a caption with so many images."""
 EPSILON = 1e-6
 """No vector of affinities is taken for shorter, so that one of rounding noise alone is not blown up."""
 
@@ -96,56 +99,67 @@ class CrossAttention(Similarity):
     def forward(self, image_sets: Tensor, text_sets: Tensor) -> Tensor:
         """Fragments (I,N,D) and (T,J,D) to scores (I,T), all pairs.
 
-        One image after another is compared with CAPTIONS captions at a time, so that memory is bounded; with gradients
-        too, for which each such block is computed again.
+        Of the side with fewer items one after another is compared with PAIRS of the other at a time: so few steps are
+        enough for a query against a gallery, whichever side it is of, and memory is bounded; with gradients too, for
+        which each such block is computed again. What else is computed beside a pair changes the rounding of its score.
         """
         with torch.autocast(image_sets.device.type, enabled=False):
             images_IND, texts_TJD = image_sets.to(self.affinity.dtype), text_sets.to(self.affinity.dtype)
             of_images = (images_IND, *(_values(layer, images_IND) for layer in (self.image_within, self.text_between)))
             of_texts = (texts_TJD, *(_values(layer, texts_TJD) for layer in (self.text_within, self.image_between)))
-            blocks = list(
-                zip(*(torch.split(x, CAPTIONS) for x in (*of_texts, texts_TJD @ self.affinity.T)), strict=True)
-            )
-            rows = [
-                torch.cat([self._block(*image, *block) for block in blocks]) for image in zip(*of_images, strict=True)
-            ]
-        return torch.stack(rows) if rows else images_IND.new_zeros(0, len(texts_TJD))
-
-    def _block(self, *inputs: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
-            return self._scores(*inputs)
-        scores_P: Tensor = checkpoint(self._scores, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return scores_P
+            if len(images_IND) <= len(texts_TJD):
+                block = partial(self._scores, self.image_weight, self.text_weight)
+                return _by_one(block, of_images, (*of_texts, texts_TJD @ self.affinity.T))
+            block = partial(self._scores, self.text_weight, self.image_weight)
+            return _by_one(block, of_texts, (*of_images, images_IND @ self.affinity)).T
 
     def _scores(
         self,
-        image_ND: Tensor,
-        image_within_NA: Tensor,
-        text_between_NA: Tensor,
-        texts_PJD: Tensor,
-        text_within_PJA: Tensor,
-        image_between_PJA: Tensor,
-        keyed_PJD: Tensor,
+        weight_of_one: nn.Linear,
+        weight_of_many: nn.Linear,
+        one_OD: Tensor,
+        one_within_OA: Tensor,
+        many_between_OA: Tensor,
+        many_PMD: Tensor,
+        many_within_PMA: Tensor,
+        one_between_PMA: Tensor,
+        keyed_PMD: Tensor,
     ) -> Tensor:
-        """(P,) scores of an image and P captions. What is one image's is a plain matrix, and its products are large.
+        """(P,) scores of an image and P captions, or of a caption and P images. What is the one's is a plain matrix,
+        and its products are large. `..._between` is what a side gathers of the other's fragments.
 
         All logits lie between -1 and 1, so a softmax needs no maximum taken off; and H's exponentials serve both ways.
         """
-        with torch.autocast(image_ND.device.type, enabled=False):  # this runs once more outside of `forward`
-            affinity_PJN = torch.tanh(keyed_PJD @ image_ND.T)
-            between_PJN = affinity_PJN.exp()
-            alike_PNN = _cosines(affinity_PJN.transpose(1, 2)).exp()
-            alike_PJJ = _cosines(affinity_PJN).exp()
+        with torch.autocast(one_OD.device.type, enabled=False):  # this runs once more outside of `forward`
+            affinity_PMO = torch.tanh(keyed_PMD @ one_OD.T)
+            between_PMO = affinity_PMO.exp()
+            alike_POO = _cosines(affinity_PMO.transpose(1, 2)).exp()
+            alike_PMM = _cosines(affinity_PMO).exp()
 
-            gathered_PNA = _attended(alike_PNN, image_within_NA)
-            gathered_PNA = gathered_PNA + _attended(between_PJN.transpose(1, 2), image_between_PJA)
-            weight_PN = _shares(self.image_weight(torch.tanh(gathered_PNA))[..., 0], image_within_NA[..., -1] > 0)
+            gathered_POA = _attended(alike_POO, one_within_OA)
+            gathered_POA = gathered_POA + _attended(between_PMO.transpose(1, 2), one_between_PMA)
+            weight_PO = _shares(weight_of_one(torch.tanh(gathered_POA))[..., 0], one_within_OA[..., -1] > 0)
 
-            gathered_PJA = _attended(alike_PJJ, text_within_PJA) + _attended(between_PJN, text_between_NA)
-            weight_PJ = _shares(self.text_weight(torch.tanh(gathered_PJA))[..., 0], text_within_PJA[..., -1] > 0)
+            gathered_PMA = _attended(alike_PMM, many_within_PMA) + _attended(between_PMO, many_between_OA)
+            weight_PM = _shares(weight_of_many(torch.tanh(gathered_PMA))[..., 0], many_within_PMA[..., -1] > 0)
 
-            image_PD, text_PD = weight_PN @ image_ND, (weight_PJ[:, None] @ texts_PJD)[:, 0]
-            return (image_PD * text_PD).sum(-1)
+            one_PD, many_PD = weight_PO @ one_OD, (weight_PM[:, None] @ many_PMD)[:, 0]
+            return (one_PD * many_PD).sum(-1)
+
+
+def _by_one(block: Callable[..., Tensor], of_ones: Sequence[Tensor], of_many: Sequence[Tensor]) -> Tensor:
+    """The scores of each item of the one side (rows) with all of the other, PAIRS at a time."""
+    parts = list(zip(*(torch.split(x, PAIRS) for x in of_many), strict=True))
+    rows = [torch.cat([_kept_small(block, *one, *part) for part in parts]) for one in zip(*of_ones, strict=True)]
+    return torch.stack(rows) if rows else of_many[0].new_zeros(0, len(of_many[0]))
+
+
+def _kept_small(block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """A block, of whose insides nothing is kept for the backward pass."""
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
+        return block(*inputs)
+    scores_P: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return scores_P
 
 
 def _values(layer: nn.Module, sets_BND: Tensor) -> Tensor:

@@ -71,8 +71,9 @@ class System:
         """The seeds of the configuration that a reference names; of a study, those of its best trial."""
         study = bool(references.trials_of(reference, store))
         runs = references.find_seeds(f"best:{reference}" if study else reference, store)
-        is_variant = ":" in reference and not reference.startswith("best:")
-        name = reference if is_variant else references.configuration(runs[0].name) if len(runs) > 1 else runs[0].name
+        name = references.configuration(runs[0].name) if len(runs) > 1 else runs[0].name
+        if (variant := references.variant_of(runs[0])) is not None and len(runs) > 1:
+            name = f"{runs[0].experiment}:{variant}"
         return cls(name, runs, [value for one in runs if (value := references.best_value(one)) is not None])
 
 

@@ -14,7 +14,8 @@ from setwise.pipelines import batches
 from setwise.pipelines.batches import Batch, Split
 
 SCORE_BLOCK = (64, 1024)
-"""Images and captions that are compared at once: with K = 4 their cosines take 4 MB, which stay in a CPU's cache."""
+"""Images and captions that are compared at once: with K = 4 their cosines take 4 MB, which stay in a CPU's cache. Where
+one side has fewer, more of the other."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,16 @@ def score(similarity: Similarity, image_sets: Tensor, text_sets: Tensor, device:
     """(I,K,D) against (T,J,D) to (I,T) float32 on the CPU, computed on `device` block by block."""
     scores = torch.empty(len(image_sets), len(text_sets))
     images, texts = image_sets.to(device), text_sets.to(device)
-    rows, columns = SCORE_BLOCK
+    rows, columns = _block(len(images), len(texts))
     for i in range(0, len(images), rows):
         for t in range(0, len(texts), columns):
             scores[i : i + rows, t : t + columns] = similarity(images[i : i + rows], texts[t : t + columns])
     return scores
+
+
+def _block(images: int, texts: int) -> tuple[int, int]:
+    """How many of so many images and captions are compared at once: about equally many pairs, whatever their shape."""
+    rows, columns = SCORE_BLOCK
+    pairs = rows * columns
+    columns = max(columns, pairs // max(min(rows, images), 1))
+    return max(rows, pairs // max(min(columns, texts), 1)), columns

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from setwise.models.config import BertConfig, GridConfig, ModelConfig, RegionsConfig
+from setwise.models.config import BertConfig, ConvNetConfig, GridConfig, ModelConfig, RegionsConfig
 from setwise.models.loss_config import TripletConfig
 from setwise.pipelines import batches, datasets, footprint, hardware, prepare, shards, vocabulary
 from setwise.pipelines.footprint import Footprint, Inputs, Part
@@ -164,7 +164,7 @@ def estimate(recipe: Recipe, of: Sizes, preset: Preset | None = None) -> Estimat
     train, inputs = recipe.train, of.inputs
     counted = footprint.count(recipe.retriever, inputs, train.precision != "fp32")
     steps_per_epoch = batches.batches_per_epoch(of.images, train.batch_size, train.drop_last)
-    loss = loss_flops(recipe, train.batch_size, train.batch_size * inputs.captions)
+    loss = loss_flops(recipe, train.batch_size, train.batch_size * inputs.captions, inputs)
     flops = {part.name: train.batch_size * passes_of(recipe, part) * part.flops for part in counted.parts}
     seconds = None
     if preset is not None:
@@ -251,17 +251,41 @@ def _step_seconds(recipe: Recipe, counted: Footprint, loss: float, preset: Prese
     return max(seconds, 1e-6 * preset.launch_us * launched)
 
 
-def loss_flops(recipe: Recipe, images: int, captions: int) -> float:
+def loss_flops(recipe: Recipe, images: int, captions: int, inputs: Inputs) -> float:
     """Of the loss of a batch and its gradient, which every worker computes whole: its matrix products.
+
+    Cross-attention goes through every pair: forward, forward again for the gradient, and back.
 
     Cosines of images and captions, and the gradients to both; for the discrepancy, each side's cosines with itself, of
     which symmetry spares half, and their gradients.
     """
     slots = recipe.retriever.set_prediction.num_slots
+    if recipe.similarity.kind == "cross_attention":
+        cells, width = _cells(recipe, inputs), recipe.retriever.embed_size
+        pairs = 4.0 * images * captions * _products_of_a_pair(cells, slots, width)
+        once = 3.0 * width * (images * cells * width / 2 + captions * slots * 3 * width / 2)
+        return 2 * (pairs + once)
     n, m = images * slots, captions * slots
     discrepancy = isinstance(recipe.loss, TripletConfig) and recipe.loss.mmd_weight > 0
     products = 3.0 * n * m + (1.5 * (n * n + m * m) if discrepancy else 0.0)
     return 2 * recipe.retriever.embed_size * products
+
+
+def _products_of_a_pair(cells: int, words: int, width: int) -> float:
+    """Multiplications of the scores of one image and one caption: see cross_attention.py."""
+    hidden = width // 4
+    affinities = cells * words * (width + cells + words)
+    attended = hidden * (cells + words) ** 2
+    return float(affinities + attended + width * (cells + words))
+
+
+def _cells(recipe: Recipe, inputs: Inputs) -> int:
+    """Fragments of an image."""
+    encoder = recipe.retriever.image_encoder
+    if isinstance(encoder, RegionsConfig):
+        return inputs.regions or REGIONS
+    pixels = 4 * encoder.cell if isinstance(encoder, ConvNetConfig) else 32
+    return math.ceil(inputs.image_size / pixels) ** 2
 
 
 def _loss_bytes(recipe: Recipe, images: int, captions: int) -> float:

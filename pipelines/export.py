@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from setwise.models.config import BertConfig, RegionsConfig, SetPredictionConfig
@@ -54,17 +55,21 @@ MADE_UP = ((1, 1), (3, 2), (2, 40), (5, 9))
 """Sizes of made-up batches: images or captions, and tokens of the longest caption."""
 REGIONS = 36
 """Of a made-up image, as published features have them."""
-INTERFACE = {
+INPUTS = {
     "image_encoder": {
         "images": "uint8 (images,3,H,W), cut as config.json says, or float32 region features (images,regions,F)",
-        "sets": "float32 (images,K,D), unit vectors",
     },
     "text_encoder": {
         "tokens": "int64 (captions,tokens): places in vocabulary.json, 0 after a caption's end",
         "lengths": "int64 (captions,): tokens of each caption, at least 1",
-        "sets": "float32 (captions,K,D), unit vectors",
     },
 }
+SETS = {
+    "gaussian": "draws of a distribution, or mean and deviation in one vector, of any length",
+    "fragments": "unit vectors, and zeros where there is padding",
+}
+SIMILARITY = "similarity.safetensors"
+"""What a similarity learned, beside programs that hold the encoders alone."""
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
@@ -157,7 +162,8 @@ def export(reference: Reference, target: Path, form: str, store: Path) -> Export
         if not (images <= TOLERANCE and texts <= TOLERANCE):  # nor is NaN
             raise SetwiseError(f"the export differs from the model, and nothing of it is kept. {done.describe()}")
         origin = lineage.describe(reference.checkpoint, reference.run)
-        _write_manifest(building, done, {name: value for name, value in origin.items() if name != "recipe"})
+        told = {name: value for name, value in origin.items() if name != "recipe"}
+        _write_manifest(building, done, told, model.recipe)
     return done
 
 
@@ -166,6 +172,8 @@ def _write(model: TrainedModel, source: Path, building: Path, form: str, example
     if form == "safetensors":
         shutil.copyfile(source / checkpoint.WEIGHTS, building / checkpoint.WEIGHTS)
         return _read_weights(building)
+    if learned := model.retrieval.similarity.state_dict():
+        save_file(learned, building / SIMILARITY)
     retriever, images = model.retrieval.retriever, example.images
     batch, captions = torch.export.Dim("images", min=1), torch.export.Dim("captions", min=1)
     image_shape = {0: batch} | ({1: torch.export.Dim("regions", min=1)} if images.ndim == 3 else {})
@@ -237,8 +245,6 @@ def _onnx_program(path: Path, module: nn.Module, given: dict[str, Tensor], shape
 
 def _read_weights(folder: Path) -> tuple[Encoder, Encoder]:
     """A model built from the exported files alone."""
-    from safetensors.torch import load_file
-
     recipe = Recipe.model_validate(storage.read_json(folder / "config.json"))
     retrieval = Retrieval(recipe, len(storage.read_json(folder / "vocabulary.json")["words"])).eval()
     retrieval.load_state_dict(load_file(folder / checkpoint.WEIGHTS))
@@ -316,7 +322,13 @@ def _differences(model: TrainedModel, images: Encoder, texts: Encoder, inputs: l
     return float(torch.stack(of_images).max()), float(torch.stack(of_texts).max())
 
 
-def _write_manifest(building: Path, done: Exported, origin: dict[str, Any]) -> None:
+def _interface(recipe: Recipe) -> dict[str, dict[str, str]]:
+    vectors = SETS.get(recipe.retriever.set_prediction.kind, "unit vectors")
+    sides = {"image_encoder": "images", "text_encoder": "captions"}
+    return {name: given | {"sets": f"float32 ({sides[name]},K,D), {vectors}"} for name, given in INPUTS.items()}
+
+
+def _write_manifest(building: Path, done: Exported, origin: dict[str, Any], recipe: Recipe) -> None:
     files = {
         path.name: {"size": path.stat().st_size, "sha256": storage.sha256(path)} for path in sorted(building.iterdir())
     }
@@ -325,7 +337,7 @@ def _write_manifest(building: Path, done: Exported, origin: dict[str, Any]) -> N
         "schema": 1,
         "format": done.form,
         "files": files,
-        "inputs": INTERFACE,
+        "inputs": _interface(recipe),
         "compared": done.compared,
         "largest_difference": {"images": done.image_difference, "captions": done.text_difference},
         "tolerance": TOLERANCE,

@@ -76,7 +76,10 @@ def plan(recipe_name: str, recipe: Recipe, name: str | None, store: Path) -> Pla
 def _before(recipe: Recipe, store: Path) -> Plan | None:
     """The pre-training of `recipe`. Its name follows from its settings, so that others find it."""
     first = pretraining.recipe_before(recipe)
-    return None if first is None or recipe.pretraining is None else plan(recipe.pretraining.recipe, first, None, store)
+    if first is None or recipe.pretraining is None:
+        return None
+    planned = plan(recipe.pretraining.recipe, first, None, store)
+    return replace(planned, recipe=pretraining.as_begun(Run(store / "runs" / planned.name), first))
 
 
 def plans(recipe_name: str, recipe: Recipe, name: str | None, seeds: int | None, store: Path) -> list[Plan]:
@@ -129,10 +132,12 @@ def execute(planned: Sequence[Plan], tracker: Tracker, say: Say) -> list[Run]:
 def _train(plan: Plan, tracker: Tracker, connect: Callable[[], None], say: Say, shared: bool = False) -> Run:
     """One training, after the one that comes before it. Where it is `shared`, whoever else is at work on it is waited
     for."""
-    before = None if plan.before is None else _train(plan.before, tracker, connect, say, shared=True)
-    written = config.to_yaml(plan.recipe)
-    if run_mirror.restore_record(Run(plan.store / "runs" / plan.name), plan.store, written):
+    written, training = config.to_yaml(plan.recipe), Run(plan.store / "runs" / plan.name)
+    if run_mirror.restore_record(training, plan.store, written):
         say(f"run '{plan.name}' was begun elsewhere, and goes on with what the mirror has of it")
+    before = None
+    if plan.before is not None and not pretraining.is_behind(training):
+        before = _train(plan.before, tracker, connect, say, shared=True)
     training = run.create(plan.store / "runs", plan.name, written, plan.experiment)
     what = f"run '{plan.name}'"
     own = pretraining.turn(training, say) if shared else storage.lease(training.folder / "lease", what)

@@ -49,6 +49,8 @@ def make(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
 
 def _scale(name: str, config: OptimizerConfig) -> float:
     """Multiple of the learning rate for a parameter: of the four groups of the authors' code (method: section 4)."""
+    if name.startswith("similarity."):  # which belongs to neither side
+        return 1.0
     scales = {
         BACKBONE: config.backbone_scale,
         "image_": config.image_scale,

@@ -63,6 +63,10 @@ class Plan:
                 f"train.micro_batch={train.micro_batch}: the batch stays {train.batch_size} images, and each worker "
                 "encodes so many at a time, which takes one forward pass more and gives the same numbers"
             )
+        if recipe.similarity.kind == "cross_attention":
+            found.append(
+                "the loss of cross-attention is counted by its multiplications, not by the operations it starts"
+            )
         if isinstance(text, BiGRUConfig) and text.word_dim == GLOVE_DIM and text.word_vectors is None:
             found.append("word embeddings start at random: GloVe's are given with model.text_encoder.word_vectors=FILE")
         if recipe.pretraining is not None:

@@ -25,7 +25,9 @@ from setwise.platform.errors import ConfigError, DataError, StoppedError
 from setwise.platform.run import Run
 from setwise.platform.storage import LeaseHeldError
 
-SHARED = ("seed", "workers", "min_workers", "accelerators", "precision", "threads", "loader_threads")
+OPERATIONAL = ("workers", "min_workers", "accelerators", "threads", "loader_threads")
+"""Settings of `train` that say where it is computed, and not what."""
+SHARED = ("seed", "precision", *OPERATIONAL)
 """Settings of `train` that it has from the training that it comes before."""
 MAY_DIFFER = {"frozen_batch_norm"}
 """Of an image encoder: it decides no weight, and statistics that are to be frozen have to be learned first."""
@@ -66,8 +68,22 @@ def recipe_before(recipe: Recipe) -> Recipe | None:
 
 
 def run_name(title: str, recipe: Recipe, prepared: Prepared) -> str:
-    """What a training is called that was given no name: the same settings and data give the same name."""
-    return f"{title}-{storage.fingerprint([recipe.model_dump(mode='json'), prepared.fingerprint])[:6]}"
+    """What a training is called that was given no name: the same settings and data give the same name. For a captioner
+    only those count that decide what it learns, so that it is found again from another machine."""
+    settings = recipe.model_dump(mode="json")
+    if isinstance(recipe.model, CaptionerConfig):
+        settings["train"] = {name: value for name, value in settings["train"].items() if name not in OPERATIONAL}
+    return f"{title}-{storage.fingerprint([settings, prepared.fingerprint])[:6]}"
+
+
+def as_begun(before: Run, first: Recipe) -> Recipe:
+    """The recipe with which a pre-training goes on: the one it was begun with, on as many workers as then."""
+    return recipes.load(str(before.config)) if before.config.is_file() else first
+
+
+def is_behind(training: Run) -> bool:
+    """Whether a training has begun from its pre-training, or has ended, and needs it no more."""
+    return records.ended(training) or (bool(lineage.parents(training)) and any(training.checkpoints.glob("epoch_*")))
 
 
 def run_before(recipe: Recipe, prepared: Prepared, store: Path) -> Run | None:

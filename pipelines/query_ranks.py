@@ -39,11 +39,16 @@ class Ranked:
 
 
 def check_finite(members: Sequence[Member], whose: str) -> None:
-    """Raises DivergedError where an embedding, or a parameter of a similarity, is not a finite number."""
+    """Raises DivergedError where an embedding, a parameter of a similarity, or a score that was computed beforehand is
+    not a finite number."""
     for member in members:
         if not all(bool(x.isfinite().all()) for x in (member.rows, member.columns, *member.similarity.parameters())):
             raise DivergedError(
                 f"{whose}: an embedding is NaN or infinite. The model has diverged, and no ranking of it means anything"
+            )
+        if member.scores is not None and not bool(member.scores.isfinite().all()):
+            raise DivergedError(
+                f"{whose}: a score is NaN or infinite. The model has diverged, and no ranking of it means anything"
             )
 
 

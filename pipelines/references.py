@@ -107,7 +107,10 @@ def find_seeds(text: str, store: Path) -> list[Run]:
     if text == "last":
         return [max(runs, key=lambda run: run.events.stat().st_mtime if run.events.is_file() else 0)]
     if text.startswith("best:"):
-        return seeds_of(best_of(text.removeprefix("best:"), store).name, store)
+        best = best_of(study := text.removeprefix("best:"), store)
+        if (variant := variant_of(best)) is not None:
+            return _of_variant(f"{study}:{variant}", trials_of(study, store))
+        return seeds_of(best.name, store)
     if trials := trials_of(text.partition(":")[0], store) if ":" in text else []:
         return _of_variant(text, trials)
     if (Path(text) / "config.yaml").is_file():
@@ -161,7 +164,8 @@ def best_of(study: str, store: Path) -> Run:
 
     Once trials have been trained again with other seeds (`STUDY-007-seed1`) to their end, those alone are candidates,
     each with the mean over its seeds: of many single values the highest is in part luck. Before that, it is the highest
-    value. A trial that failed is never the best, however high it came before.
+    value. A trial that failed is never the best, however high it came before. Of a study of variants it is the variant
+    with the highest mean over its seeds, and of these the highest.
 
     Raises:
         ConfigError: there is no such study.
@@ -176,6 +180,8 @@ def best_of(study: str, store: Path) -> Run:
     if not values:
         failed = f", but for {len(valued)} that failed" if valued else ""
         raise DataError(f"no trial of study '{study}' has a checkpoint yet{failed}")
+    if variant_of(trials[0]) is not None:
+        return _best_of_variants({trial: found[0] for trial, found in values.items()})
     by_name = {trial.name: found for trial, found in values.items()}
     for run in all_runs(store):
         first = by_name.get(configuration(run.name))
@@ -185,6 +191,16 @@ def best_of(study: str, store: Path) -> Run:
             first.append(value)
     confirmed = {trial: found for trial, found in values.items() if len(found) > 1} or values
     return max(confirmed, key=lambda trial: sum(confirmed[trial]) / len(confirmed[trial]))
+
+
+def _best_of_variants(values: dict[Run, float]) -> Run:
+    """Those of several seeds alone are candidates, if there are any: a single seed may be lucky."""
+    by_variant: dict[str | None, list[Run]] = {}
+    for trial in values:
+        by_variant.setdefault(variant_of(trial), []).append(trial)
+    candidates = [seeds for seeds in by_variant.values() if len(seeds) > 1] or list(by_variant.values())
+    best = max(candidates, key=lambda seeds: sum(values[trial] for trial in seeds) / len(seeds))
+    return max(best, key=lambda trial: values[trial])
 
 
 def best_value(run: Run) -> float | None:

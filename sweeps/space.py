@@ -204,6 +204,12 @@ def load(name: str, overrides: list[str] | None = None, on: str | None = None) -
         return study, study.recipe_of(first, study.grid()[0])
     recipe_layer = config.load_layers(recipes.find(study.recipe), recipes.find).merge(preset)
     base = config.build(Recipe, recipe_layer.merge(fixed), of_recipe)
+    if base.metric != "val/rsum":
+        place = config.place_of(layer, ("recipe",))
+        raise ConfigError(
+            f"{place}: recipe: '{study.recipe}' is of kind '{base.model.kind}', and a study goes by val/rsum, which "
+            "only recipes of kind 'retriever' have. 1 mistake; nothing was started."
+        )
     _check_space(study, base, layer)
     changed = _changed(base, recipe_layer.merge(fixed), of_recipe)
     return study.model_copy(update={"overrides": study.overrides | changed}), base

@@ -140,8 +140,9 @@ def _pretrain(recipe: Recipe, training: Run, store: Path) -> None:
 
     first = pretraining.recipe_before(recipe)
     before = pretraining.run_before(recipe, prepare.open_prepared(recipe.data.name, store), store)
-    if first is None or before is None or recipe.pretraining is None:
+    if first is None or before is None or recipe.pretraining is None or pretraining.is_behind(training):
         return
+    first = pretraining.as_begun(before, first)
     experiment = Path(recipe.pretraining.recipe).stem
     run.create(store / "runs", before.name, configuration.to_yaml(first), experiment)
     with pretraining.turn(before, log.warning, training.stop.exists):

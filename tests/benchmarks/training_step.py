@@ -97,7 +97,7 @@ def measure(name: str, batch: int | None, on: str, device: torch.device) -> str:
     inputs = Inputs(settings.data.image_size, REGIONS, CAPTIONS, vocabulary, MEAN, LONGEST)
     counted = footprint.count(settings.model, inputs, settings.train.precision != "fp32")
     forward = sum(part.flops for part in counted.parts)
-    flops = 3 * batch * forward + estimate.loss_flops(settings, batch, CAPTIONS * batch)
+    flops = 3 * batch * forward + estimate.loss_flops(settings, batch, CAPTIONS * batch, inputs)
     dtype = train.PRECISIONS[settings.train.precision]
     gib = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if device.type == "cuda" else "-"
     utilisation = 100 * flops / seconds / peak(device, dtype)

@@ -118,3 +118,12 @@ def test_chosen_negatives_begin_when_the_warm_up_ends() -> None:
 def test_importing_the_settings_does_not_import_torch() -> None:
     code = "import sys, setwise.models.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_probabilistic_pooling_by_sorted_features_takes_what_the_operator_takes() -> None:
+    """Refused here, and not by workers that wait for a gradient that nobody makes."""
+    encoders = {"image_encoder": {"kind": "cnn"}, "set_prediction": {"kind": "gaussian", "pooling": "gpo"}}
+    words = {"kind": "bigru", "local_features": "words"}
+    with pytest.raises(ValidationError, match="takes states"):
+        ModelConfig.model_validate({**encoders, "text_encoder": words})
+    assert ModelConfig.model_validate({**encoders, "text_encoder": {**words, "local_features": "states"}})

@@ -56,7 +56,7 @@ IMAGES, TEXTS = fragments(1, [4, 2, 3], 4), fragments(2, [5, 1, 3, 2, 5], 5)
 def test_agrees_with_the_steps_written_out_in_scores_and_gradients(
     captions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cross_attention, "CAPTIONS", captions)
+    monkeypatch.setattr(cross_attention, "PAIRS", pairs)
     module, leaves = attention(), [IMAGES.clone().requires_grad_(), TEXTS.clone().requires_grad_()]
     found, expected = module(*leaves), naive.scores(module, *leaves)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -146,10 +146,11 @@ def test_operations_of_the_loss_are_those_of_its_products() -> None:
         return 2 * a[0] * a[1] * b[1]
 
     in_place = {torch.ops.aten.addmm_: added}  # which torch does not count
+    inputs = estimate.sizes(settings, NOWHERE).inputs
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         embeddings = (SetEmbedding(sets, sets) for sets in sides)
         batch_loss(*embeddings, owners, similarity, settings.loss, "hardest").total.backward()  # type: ignore[no-untyped-call]
-    assert estimate.loss_flops(settings, images, captions) == pytest.approx(counter.get_total_flops(), rel=0.15)
+    assert estimate.loss_flops(settings, images, captions, inputs) == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
 def test_a_backbone_that_stands_still_takes_less_time() -> None:
@@ -267,3 +268,18 @@ def test_a_data_set_without_training_images_has_no_estimate(tmp_path: Path, monk
     prepared(tmp_path, monkeypatch, replace(source, rows=[row for row in source.rows if row.split == "test"]))
     with pytest.raises(DataError, match="'pictures' has no split train"):
         estimate.sizes(recipe.load(DIGITS, ["data.name=pictures"]), tmp_path)
+
+
+def test_the_loss_of_cross_attention_is_counted_by_pairs() -> None:
+    """What torch counts of a real step, forward, forward again and back, with no fragment missing."""
+    settings = recipe.load("digits_cnn_bigru_caan")
+    images, captions, width = 4, 20, settings.retriever.embed_size
+    retrieval = Retrieval(settings, 10)
+    inputs = estimate.sizes(settings, NOWHERE).inputs
+    sets = [
+        torch.nn.functional.normalize(torch.randn(number, fragments, width), dim=-1).requires_grad_()
+        for number, fragments in ((images, 16), (captions, 16))
+    ]
+    with FlopCounterMode(display=False) as counter:
+        retrieval.similarity(*sets).sum().backward()  # type: ignore[no-untyped-call]
+    assert estimate.loss_flops(settings, images, captions, inputs) == pytest.approx(counter.get_total_flops(), rel=0.3)

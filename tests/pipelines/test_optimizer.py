@@ -370,3 +370,10 @@ def test_scales_and_standing_still_are_of_a_captioners_backbone_too() -> None:
     assert not backbone.training and module.training
     assert not any(parameter.requires_grad for parameter in module.parameters())
     assert optimizer.freeze(module, config, 2) and all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_a_similarity_belongs_to_no_side() -> None:
+    """The weights of cross-attention have names that begin with image_ too."""
+    config = OptimizerConfig(image_scale=0.1, text_scale=0.5)
+    assert optimizer._scale("similarity.image_within.weight", config) == 1
+    assert optimizer._scale("retriever.image_sets.slots", config) == 0.1

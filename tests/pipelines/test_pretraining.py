@@ -271,6 +271,34 @@ def test_batch_normalisation_may_stand_still_in_the_second_alone() -> None:
         recipe.load("coco_resnet50_captioner", ["model.image_encoder.frozen_batch_norm=true"])
 
 
+def test_it_is_one_pre_training_wherever_it_is_computed(own: Path) -> None:
+    prepared = prepare.open_prepared("digits", own)
+    names = {
+        setting: pretraining.run_before(retriever(own, setting), prepared, own)
+        for setting in (
+            "train.threads=2",
+            "train.workers=2",
+            "train.loader_threads=1",
+            "train.seed=1",
+            "data.flip=true",
+        )
+    }
+    usual = pretraining.run_before(retriever(own), prepared, own)
+    assert [setting for setting, found in names.items() if found != usual] == ["train.seed=1", "data.flip=true"]
+
+
+def test_a_run_that_is_behind_its_pre_training_needs_it_no_more(own: Path, trained: list[str]) -> None:
+    """Whoever deletes a pre-training's run does not pay for it again with every command."""
+    settings = retriever(own, "train.epochs=2")
+    (training,), _, _ = go(own, settings, "main")
+    (before,) = [name for name in trained if name != "main"]
+    (own / "runs" / before).rename(own / "gone")
+    trial._pretrain(settings, training, own)
+    assert not (own / "runs" / before).exists()
+    _, said, _ = go(own, settings, "main")
+    assert trained == [before, "main"] and said[-1] == "run 'main' is complete already"
+
+
 def test_another_encoder_than_the_recipe_says_is_no_beginning(own: Path, trained: list[str]) -> None:
     go(own, retriever(own), "main")
     before = Run(own / "runs" / trained[0])

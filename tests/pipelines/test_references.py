@@ -276,3 +276,13 @@ def test_a_variant_of_a_study_is_named_with_all_of_its_seeds(store: Path) -> Non
         references.find_seeds("deck:dvie", store)
     with pytest.raises(ConfigError, match="no run is called 'nothing:vse'"):
         references.find_seeds("nothing:vse", store)
+
+
+def test_the_best_of_variants_is_the_best_mean_over_seeds(store: Path) -> None:
+    """One lucky seed, or an ablation of one seed alone, is not the best."""
+    values = (("vse", 300.0), ("dive", 290.0), ("dive_k1", 400.0), ("vse", 200.0), ("dive", 289.0))
+    for number, (variant, value) in enumerate(values):
+        trial = make(store, f"deck-{number:03d}", value)
+        Outbox(trial.events).append({"kind": "params", "values": {"variant": variant}})
+    assert [run.name for run in references.find_seeds("best:deck", store)] == ["deck-001", "deck-004"]
+    assert references.find_run("best:deck", store).name == "deck-001"

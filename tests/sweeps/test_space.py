@@ -430,3 +430,10 @@ def test_claims_may_change_without_making_another_study(tmp_path: Path) -> None:
 def test_a_file_with_variants_is_a_study(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text(VARIANTS)
     assert space.is_study(tmp_path / "one.yaml")
+
+
+def test_a_study_of_a_recipe_that_retrieves_nothing_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text("trials: 2\nrecipe: digits_cnn_captioner\nspace: {optimizer.lr: {loguniform: [0.001, 0.01]}}\n")
+    with pytest.raises(ConfigError, match=r"study\.yaml:2:1: recipe: 'digits_cnn_captioner' is of kind 'captioner'"):
+        space.load(str(file))
