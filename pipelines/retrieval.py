@@ -15,6 +15,9 @@ from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.set_health import set_health
 from setwise.pipelines.system import Rows, System
 
+OF_SETS = ("slots", "pie_net")
+"""Set predictions whose elements are meant to differ. Draws of a distribution are none, nor is one pooled vector."""
+
 
 class Retrieval(System):
     """Two encoders, and the similarity between their sets."""
@@ -49,7 +52,7 @@ class Retrieval(System):
         members = [ranking.member(sets.image_sets, sets.text_sets, self.similarity, device)]
         query_ranks.check_finite(members, "validation")
         values = query_ranks.own_metrics(members, sets.owners.numpy(), device)
-        are_sets = self.similarity.of_dot_products
+        are_sets = self.recipe.retriever.set_prediction.kind in OF_SETS
         health = set_health(sets.image_sets, sets.text_sets, sets.owners) if are_sets else {}
         return {f"val/{name}": value for name, value in values.items()} | health
 

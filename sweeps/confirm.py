@@ -72,9 +72,11 @@ def confirm(name: str, store: Path, tracker: Tracker, say: Say, best: int, seeds
             "Train a recipe with the settings it ended with: setwise train RECIPE a.b=v... --seeds 3"
         )
     if spec.variants:
+        seeds = spec.seeds + 2
         raise ConfigError(
             f"study '{name}' trains each of its variants with several seeds already. For more of them, run it under "
-            "another name with more: setwise sweep STUDY seeds=5 --name NAME"
+            "another name with more, and with as many trials: "
+            f"setwise sweep STUDY seeds={seeds} --trials {seeds * len(spec.variants)} --name NAME"
         )
     prepared = prepare.open_prepared(base.data.name, store)
     if prepared.fingerprint != data:

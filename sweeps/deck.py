@@ -41,7 +41,8 @@ class Standing:
     """One variant on the test split: means over its measured seeds.
 
     values: R@K and rsum with their intervals. difference: of rsum to the baseline; `corrected` is its p after Holm, for
-    all variants of the study. settings: those of its own, beside its recipe's and the study's.
+    all variants that have several seeds; None with one seed, of this or of the baseline, which does not tell how much
+    trainings vary. settings: those of its own, beside its recipe's and the study's.
     """
 
     name: str
@@ -61,6 +62,12 @@ class Standing:
         """The mean over seeds of one of `sets/...`, None of a system that has none."""
         found = [one.health[name] for one in self.runs if name in one.health]
         return sum(found) / len(found) if found else None
+
+    def budget(self, name: str) -> float | None:
+        """The mean over seeds of one of deck_measure.BUDGET; None where it is not known of one."""
+        values = [one.budget[name] for one in self.runs]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if len(known) == len(values) else None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -178,7 +185,7 @@ def collect(study: optuna.Study, spec: Study, name: str, store: Path, say: Say) 
         missing=tuple(missing),
         speed=speed,
         judged=tuple(deck_claims.judge(claim, measured, speed) for claim in settings.claims),
-        autoencoders=tuple(_autoencoders(store)),
+        autoencoders=tuple(_autoencoders(store, next(iter(spec.variants.values())).trained.data.name)),
     )
 
 
@@ -194,7 +201,8 @@ def _standings(spec: Study, measured: Mapping[str, Sequence[Measured]], baseline
         if base and name != baseline:
             outcomes = [one.outcome for one in trainings]
             differences[name] = statistics.differences(outcomes, base, resamples=RESAMPLES)["rsum"]
-    adjusted = dict(zip(differences, statistics.holm([one.p for one in differences.values()]), strict=True))
+    tested = [name for name in differences if min(len(measured[name]), len(base)) > 1]
+    adjusted = dict(zip(tested, statistics.holm([differences[name].p for name in tested]), strict=True))
     found = []
     for name, variant in spec.variants.items():
         if not (its := measured.get(name)):
@@ -259,8 +267,8 @@ def _speed(
         return None
 
 
-def _autoencoders(store: Path) -> list[dict[str, Any]]:
-    """Trainings of Slot Attention's autoencoder in the store: no retrieval, but slots that find objects (ARI)."""
+def _autoencoders(store: Path, dataset: str) -> list[dict[str, Any]]:
+    """Trainings of Slot Attention's autoencoder on the deck's data set: no retrieval, but slots that find objects."""
     found = []
     for training in references.all_runs(store):
         scores = [
@@ -268,7 +276,7 @@ def _autoencoders(store: Path) -> list[dict[str, Any]]:
             for event in runs.read_events(training.events)
             if event["kind"] == "metrics" and "val/ari" in event["values"]
         ]
-        if scores:
+        if scores and config.flatten(config.read_yaml(training.config).values).get("data.name") == dataset:
             best = max(scores, key=lambda values: float(values.get("val/psnr", values["val/ari"])))
             shown = {key: float(best[key]) for key in ("val/ari", "val/psnr") if key in best}
             found.append({"run": training.name, "epochs": len(scores), **shown})

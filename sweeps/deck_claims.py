@@ -1,8 +1,9 @@
 """What was claimed of variants, judged by what was measured: it held, it did not hold, or it is not decided.
 
 A difference is decided where its 95 % interval leaves out none: of RSUM, over test images and seeds (statistics.py); of
-circular variance, over seeds (Welch); of search time, over repetitions. Each claim is judged for itself: of twenty that
-are false, one would be decided by chance.
+circular variance, over seeds (Welch); of search time, over repetitions. Where a side has one seed, how much trainings
+vary is not known, so neither of the first two is decided. Each claim is judged for itself: of twenty that are false,
+one would be decided by chance.
 """
 
 from __future__ import annotations
@@ -62,6 +63,9 @@ def _by_rsum(claim: Claim, better: Sequence[Measured], than: Sequence[Measured])
         f"({_seeds(than)}): {found.value:+.1f}, 95 % interval {found.low:+.1f} to {found.high:+.1f}"
     )
     verdict = _verdict(found.low, found.high)
+    if min(len(better), len(than)) < 2:
+        verdict = "not decided"
+        numbers += ", but one seed of a side does not tell how much trainings vary"
     gains = [_gain(side) for side in (better, than)]
     if verdict != "held" and None not in gains:  # whether longer training might change it
         numbers += (

@@ -6,25 +6,45 @@ test split that may take hours: then all are measured on the first so many image
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from setwise.pipelines import benchmarks, evaluate, index, prepare, query_ranks, ranking, references, trained_model
+from setwise.pipelines import (
+    benchmarks,
+    evaluate,
+    index,
+    lineage,
+    prepare,
+    query_ranks,
+    ranking,
+    references,
+    trained_model,
+)
 from setwise.pipelines.batches import Split
 from setwise.pipelines.benchmarks import Encoded, Outcome
 from setwise.pipelines.embeddings import Embeddings
 from setwise.pipelines.prepare import Prepared
 from setwise.pipelines.references import Reference
+from setwise.pipelines.retrieval import OF_SETS
 from setwise.pipelines.trained_model import TrainedModel
+from setwise.platform import config, storage
 from setwise.platform import run as runs
-from setwise.platform import storage
 from setwise.platform.run import Run
 
 SPLIT = "test"
 SPREAD = "sets/image_log_circular_variance"
+BUDGET = (
+    "pre-training epochs",
+    "batch size",
+    "embedding width",
+    "learning rate",
+    "training seconds",
+    "pre-training seconds",
+)
+"""What of trainings need not be equal, though they see the same images equally often."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +53,8 @@ class Measured:
 
     validation: its best val/rsum. curve: val/rsum by epoch. outcome: on the test split. stored: numbers that are kept
     of an image, and of a caption. health: `sets/...` of the validation split in its best epoch. spread: the log
-    circular variance of images' sets by epoch; empty of a system without sets.
+    circular variance of images' sets by epoch. Both are empty of a system without sets. budget: what it was trained
+    with and how long, by the names of `BUDGET`.
     """
 
     variant: str
@@ -45,6 +66,7 @@ class Measured:
     stored: tuple[int, int]
     health: dict[str, float]
     spread: dict[int, float]
+    budget: dict[str, float | None] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -58,6 +80,7 @@ class Measured:
             "numbers stored of a caption": self.stored[1],
             "sets": self.health,
             "log circular variance by epoch": self.spread,
+            "budget": self.budget,
         }
 
 
@@ -79,12 +102,9 @@ def measure(training: Run, variant: str, seed: int, store: Path, images: int | N
         outcome = evaluate.evaluate([reference], store, names=[whole_benchmark(model.recipe.data.name)])[0]
     else:
         outcome = _on_first(training, model, prepared, images)
-    by_epoch = {
-        int(event["step"]): event["values"]
-        for event in runs.read_events(training.events)
-        if event["kind"] == "metrics" and "val/rsum" in event["values"]
-    }
+    by_epoch = {epoch: values for epoch, values in _told(training).items() if "val/rsum" in values}
     best = by_epoch.get(int(model.metadata["epoch"]), {})
+    has_sets = model.recipe.retriever.set_prediction.kind in OF_SETS
     return Measured(
         variant=variant,
         seed=seed,
@@ -93,9 +113,38 @@ def measure(training: Run, variant: str, seed: int, store: Path, images: int | N
         curve={epoch: float(values["val/rsum"]) for epoch, values in by_epoch.items()},
         outcome=outcome,
         stored=_stored(model, prepared),
-        health={name: float(value) for name, value in best.items() if name.startswith("sets/")},
-        spread={epoch: float(values[SPREAD]) for epoch, values in by_epoch.items() if SPREAD in values},
+        health={name: float(value) for name, value in best.items() if has_sets and name.startswith("sets/")},
+        spread={epoch: float(values[SPREAD]) for epoch, values in by_epoch.items() if has_sets and SPREAD in values},
+        budget=_budget(training, model, store),
     )
+
+
+def _told(training: Run) -> dict[int, dict[str, Any]]:
+    """What a training told of each epoch."""
+    told: dict[int, dict[str, Any]] = {}
+    for event in runs.read_events(training.events):
+        if event["kind"] == "metrics" and "train/seconds" in event["values"]:
+            told[int(event["step"])] = event["values"]
+    return told
+
+
+def _budget(training: Run, model: TrainedModel, store: Path) -> dict[str, float | None]:
+    """By the names of `BUDGET`. Without a training before this one, its epochs and seconds are 0; None if its run is
+    no longer there."""
+    before = [Run(store / "runs" / one["run"]) for one in lineage.parents(training)]
+    epochs = seconds_before = None
+    if all(one.config.is_file() for one in before):
+        epochs = float(sum(config.flatten(config.read_yaml(one.config).values)["train.epochs"] for one in before))
+        seconds_before = float(sum(map(_seconds, before)))
+    recipe = model.recipe
+    own = map(float, (recipe.train.batch_size, recipe.retriever.embed_size, recipe.optimizer.lr, _seconds(training)))
+    return dict(zip(BUDGET, (epochs, *own, seconds_before), strict=True))
+
+
+def _seconds(training: Run) -> float:
+    """That it took until its last epoch ended, all its starts together."""
+    told = _told(training)
+    return float(told[max(told)]["train/seconds"]) if told else 0.0
 
 
 def whole_benchmark(dataset: str) -> str:

@@ -62,6 +62,8 @@ def render(found: Found, store: Path) -> str:
         found=found,
         systems=found.group(SYSTEMS),
         recalls={name: metric_name(name) for name in RECALLS},
+        budget=deck_measure.BUDGET,
+        unequal=[name for name in deck_measure.BUDGET if len({one.budget(name) for one in found.standings}) > 1],
         ablations={name: _ablation(found, rows) for name, rows in found.ablations.items()},
         spread_of=[one for one in found.group(SYSTEMS) if one.health(deck_measure.SPREAD) is not None],
         similarity=lambda one: found.spec.variants[one.name].trained.similarity.kind,

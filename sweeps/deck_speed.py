@@ -26,6 +26,9 @@ REPETITIONS = 9
 DISTINCT = 100
 """Images that are encoded; a gallery repeats them, since what they show makes no difference to the time."""
 FILE = "speed.json"
+WAY = 2
+"""How times are taken, and how scores are computed: what was kept of another number is taken anew. 2: cross-attention
+compares a caption with many images at once."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Speed:
 
 def measured(models: Mapping[str, TrainedModel], store: Path, folder: Path, sizes: tuple[int, ...] = SIZES) -> Speed:
     """The times of these models, by the names of their variants; what `folder` keeps of the same models is read."""
-    key = {"models": {name: model.digest for name, model in models.items()}, "sizes": list(sizes)}
+    key = {"models": {name: model.digest for name, model in models.items()}, "sizes": list(sizes), "way": WAY}
     file = folder / FILE
     if file.is_file() and (kept := storage.read_json(file)).get("of") == key:
         found = kept["speed"]

@@ -20,7 +20,7 @@ from setwise.platform import cluster, config, run, storage
 from setwise.platform.errors import SetwiseError
 from setwise.platform.run import Run
 from setwise.platform.tracking import Courier, Tracker
-from setwise.sweeps import analysis, earlier, report, study_run
+from setwise.sweeps import analysis, deck, earlier, report, study_run
 from setwise.sweeps.limits import Limits, Stopped, forget_stop
 from setwise.sweeps.report import Outcome, TrialTable
 from setwise.sweeps.space import Study, default_values
@@ -61,6 +61,8 @@ def run_study(
     with storage.lease(folder / "lease", f"study '{name}'"):
         forget_stop(folder)
         parent = study_run.begin(spec, base, name, store, prepared)
+        if spec.variants:
+            deck.keep(spec, name, store)  # now, so that the page can be written of a study that never ends
         study = studies.open_study(folder, name, spec, study_run.identity_of(parent), first)
         _reconcile(study, name, store)
         done = studies.finished(study)
@@ -92,12 +94,10 @@ def run_study(
             study_run.end(parent, spec, outcome)
             try:
                 analysis.write(study, spec, name, store)
-                if spec.variants:
-                    from setwise.sweeps import deck
-
-                    deck.keep(spec, name, store)
-                    if stopped is None:
-                        say(f"the deck of the study: {deck.write(study, spec, name, store, say)}")
+                if spec.variants and stopped is None:
+                    say(f"the deck of the study: {deck.write(study, spec, name, store, say)}")
+                elif spec.variants:  # measuring takes its time, which a study that was stopped has not
+                    say(f"the deck of what there is: setwise sweep analyze {name}")
             except Exception as error:  # a page that cannot be written takes no result away
                 say(f"the page of the study was not written: {error}")
         shutil.rmtree(folder / "tune", ignore_errors=True)

@@ -135,7 +135,7 @@ class Study(Settings):
         """Every combination of choices, the last setting changing first; variants in the order of variants.py."""
         combinations = itertools.product(*(domain.choice or () for domain in self.space.values()))
         points = [dict(zip(self.space, values, strict=True)) for values in combinations]
-        return in_turn(points, self.variants) if self.variants else points
+        return in_turn(points, self.variants, self.deck) if self.variants else points
 
     @property
     def identity(self) -> Study:

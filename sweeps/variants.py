@@ -86,13 +86,15 @@ def space_of(names: list[str], seeds: int) -> dict[str, dict[str, Any]]:
     return {**of_seeds, VARIANT: {"choice": names}}
 
 
-def in_turn(points: list[dict[str, Any]], variants: Mapping[str, Variant]) -> list[dict[str, Any]]:
-    """The trials in the order in which they are worth their time: every variant once, then the other seeds of systems,
-    then those of ablations. A study of few trials so leaves out what matters least."""
+def in_turn(points: list[dict[str, Any]], variants: Mapping[str, Variant], deck: Deck) -> list[dict[str, Any]]:
+    """The trials in the order in which they are worth their time: every variant once, then the other seeds of systems
+    and of what a claim names, then those of other ablations. A study of few trials so leaves out what matters least."""
+    claimed = {name for claim in deck.claims for name in (claim.better, claim.than)}
 
     def turn(point: dict[str, Any]) -> int:
-        is_system = variants[point[VARIANT]].group == SYSTEMS
-        return 0 if point.get(SEED, 0) == 0 else 1 if is_system else 2
+        name = point[VARIANT]
+        is_judged = variants[name].group == SYSTEMS or name in claimed
+        return 0 if point.get(SEED, 0) == 0 else 1 if is_judged else 2
 
     return sorted(points, key=turn)  # which leaves those of one turn seed by seed, in the order of the variants
 

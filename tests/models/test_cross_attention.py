@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +20,8 @@ from setwise.models.loss_config import Negatives, SimilarityConfig, TripletConfi
 from setwise.models.objective import loss_of_batch, similarity_of
 from setwise.models.set_prediction import Features, SetEmbedding
 from setwise.models.similarity import Similarity
-from setwise.pipelines import recipe
+from setwise.pipelines import query_ranks, ranking, recipe
+from setwise.platform.errors import DivergedError
 from tiny import TINY_MODEL
 from trainings import start, train_run
 
@@ -52,18 +54,20 @@ def fragments(seed: int, lengths: list[int], num: int) -> Tensor:
 IMAGES, TEXTS = fragments(1, [4, 2, 3], 4), fragments(2, [5, 1, 3, 2, 5], 5)
 
 
-@pytest.mark.parametrize("captions", [2, 512])
+@pytest.mark.parametrize("pairs", [2, 512])
+@pytest.mark.parametrize("texts", [5, 2])
 def test_agrees_with_the_steps_written_out_in_scores_and_gradients(
-    captions: int, monkeypatch: pytest.MonkeyPatch
+    texts: int, pairs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where there are fewer images, by one image after another; where there are fewer captions, by one caption."""
     monkeypatch.setattr(cross_attention, "PAIRS", pairs)
-    module, leaves = attention(), [IMAGES.clone().requires_grad_(), TEXTS.clone().requires_grad_()]
+    module, leaves = attention(), [IMAGES.clone().requires_grad_(), TEXTS[:texts].clone().requires_grad_()]
     found, expected = module(*leaves), naive.scores(module, *leaves)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert found.std() > 0.05
-    wanted, slope = [*leaves, *module.parameters()], random(3, 3, 5)
+    wanted, slope = [*leaves, *module.parameters()], random(3, 3, texts)
     ours, theirs = (torch.autograd.grad(scores, wanted, slope) for scores in (found, expected))
-    real = [IMAGES.any(-1), TEXTS.any(-1)]
+    real = [leaf.any(-1) for leaf in leaves]
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         # What stands at padding is a constant: Fragments put it there.
         a, b = (x[real[number]] if number < 2 else x for x in (a, b))
@@ -88,13 +92,36 @@ def test_gradients_are_those_of_differences() -> None:
     assert torch.autograd.gradcheck(without_checkpoint, inputs)
 
 
+@pytest.mark.parametrize(("images", "texts"), [(700, 1), (1, 700), (9, 4), (4, 9), (5, 5)])
+def test_few_of_either_side_take_few_steps_and_a_score_is_that_of_the_pair_alone(
+    images: int, texts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, sizes = attention().float(), []
+    once = module._scores
+
+    def counted(*inputs: Any) -> Tensor:
+        sizes.append(len(inputs[-1]))
+        return once(*inputs)
+
+    image_sets, text_sets = (fragments(7, [3] * images, 4).float(), fragments(8, [2] * texts, 5).float())
+    alone = [module(image_sets[i : i + 1], text_sets[t : t + 1]) for i in range(images) for t in range(texts)]
+    monkeypatch.setattr(module, "_scores", counted)
+    found = module(image_sets, text_sets)
+    steps = min(images, texts) * -(-max(images, texts) // cross_attention.PAIRS)
+    assert len(sizes) == steps and max(sizes) <= cross_attention.PAIRS and sum(sizes) == images * texts
+    torch.testing.assert_close(found.flatten(), torch.cat(alone).flatten(), rtol=0, atol=1e-6)
+
+
 def test_padding_takes_no_part_wherever_it_stands_and_order_says_nothing() -> None:
     module = attention()
     expected = module(IMAGES, TEXTS)
+    few = module(IMAGES, TEXTS[:2])
+    torch.testing.assert_close(few, expected[:, :2], rtol=0, atol=1e-12)
     more = torch.zeros(5, 9, DIM, dtype=torch.float64)
     places = torch.tensor([7, 0, 3, 8, 4])
     more[:, places] = TEXTS
     torch.testing.assert_close(module(IMAGES.flip(1), more), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(module(IMAGES.flip(1), more[:2]), few, rtol=0, atol=1e-12)
     shorter = module(IMAGES[1:2, :2], TEXTS[3:4, :2])
     torch.testing.assert_close(shorter, expected[1:2, 3:4], rtol=0, atol=1e-12)
 
@@ -103,12 +130,17 @@ def test_a_side_without_any_fragment_scores_zero_and_has_a_finite_gradient() -> 
     module, images = attention(), torch.zeros(1, 4, DIM, dtype=torch.float64, requires_grad=True)
     scores = module(images, torch.cat((TEXTS, torch.zeros(1, 5, DIM, dtype=torch.float64))))
     assert torch.equal(scores, torch.zeros(1, 6, dtype=torch.float64))
-    assert all(x.isfinite().all() for x in torch.autograd.grad(scores.sum(), [images, *module.parameters()]))
+    by_caption = module(torch.cat((images, IMAGES)), torch.zeros_like(images[:, :3]))
+    assert torch.equal(by_caption, torch.zeros(4, 1, dtype=torch.float64))
+    for one in (scores, by_caption):
+        gradients = torch.autograd.grad(one.sum(), [images, *module.parameters()])
+        assert all(x.isfinite().all() for x in gradients)
 
 
 def test_no_image_or_no_caption_is_an_empty_matrix() -> None:
     module = attention()
     assert module(IMAGES[:0], TEXTS).shape == (0, 5) and module(IMAGES, TEXTS[:0]).shape == (3, 0)
+    assert module(IMAGES[:0], TEXTS[:0]).shape == (0, 0)
 
 
 def test_scores_are_inner_products_of_means_of_unit_vectors() -> None:
@@ -142,24 +174,26 @@ def test_autocast_and_half_precision_change_nothing_but_the_rounding_of_the_sets
     torch.testing.assert_close(module(*(x.bfloat16() for x in sets)), expected, rtol=0, atol=0.03)
 
 
-def test_memory_of_a_step_does_not_grow_with_the_number_of_images() -> None:
+@pytest.mark.parametrize("fewer", ["images", "texts"])
+def test_memory_of_a_step_does_not_grow_with_the_number_of_steps(fewer: str) -> None:
     """Kept for the backward pass is what enters the blocks, and nothing of their insides."""
     module = attention()
 
-    def kept(images: int) -> int:
+    def kept(steps: int) -> int:
         sizes: dict[int, int] = {}
 
         def pack(x: Tensor) -> Tensor:
             sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
-        inputs = IMAGES[:1].repeat(images, 1, 1).requires_grad_(), TEXTS.repeat(20, 1, 1).requires_grad_()
+        images, texts = (steps, 100) if fewer == "images" else (100, steps)
+        inputs = (x[:1].repeat(n, 1, 1).requires_grad_() for x, n in ((IMAGES, images), (TEXTS, texts)))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             module(*inputs)
         return sum(sizes.values())
 
     growth = (kept(9) - kept(1)) / 8
-    insides = 8 * 100 * 4 * 5  # the affinities of one image alone
+    insides = 8 * 100 * 4 * 5  # the affinities of one step alone
     assert growth < insides / 4
 
 
@@ -258,6 +292,18 @@ def test_weights_that_nobody_reads_are_refused(image: dict[str, Any], text: dict
     values = {"image_encoder": image, "text_encoder": text, "set_prediction": {"kind": "fragments"}}
     with pytest.raises(ValueError, match=message):
         ModelConfig.model_validate(values)
+
+
+def test_scores_that_are_no_numbers_end_a_validation_as_embeddings_do() -> None:
+    module = attention().float()
+    found = ranking.member(IMAGES.float(), TEXTS.float(), module)
+    query_ranks.check_finite([found], "validation")
+    for wrong in (math.nan, math.inf):
+        assert found.scores is not None
+        scores = found.scores.clone()
+        scores[1, 2] = wrong
+        with pytest.raises(DivergedError, match="validation: a score is NaN or infinite"):
+            query_ranks.check_finite([replace(found, scores=scores)], "validation")
 
 
 def test_a_small_model_learns_through_the_loop(store: Path) -> None:

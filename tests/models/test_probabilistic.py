@@ -327,6 +327,7 @@ def test_the_recipe_trains_and_is_ranked(name: str, store: Path) -> None:
     first, last = train_run(store, start(store, f"probabilistic-{name}", settings), settings)
     assert last["train/total"] < first["train/total"]
     assert 0 < last["val/rsum"] <= 600
+    assert not any(name.startswith("sets/") for name in last)  # draws are no elements of a set
 
 
 def test_published_settings_are_the_authors() -> None:

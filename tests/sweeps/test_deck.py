@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -16,11 +17,11 @@ import pytest
 import torch
 
 import browser
-from setwise.pipelines import compare, evaluate, index, prepare, records, references, statistics, trained_model
+from setwise.pipelines import compare, evaluate, index, lineage, prepare, records, references, statistics, trained_model
 from setwise.pipelines.benchmarks import Outcome, QueryRanks
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.references import Reference
-from setwise.platform import config, run, storage
+from setwise.platform import cluster, config, run, storage
 from setwise.platform.errors import ConfigError
 from setwise.platform.outbox import Outbox
 from setwise.platform.run import Run
@@ -30,6 +31,7 @@ from setwise.sweeps import (
     deck,
     deck_claims,
     deck_measure,
+    deck_page,
     deck_speed,
     earlier,
     plan,
@@ -180,6 +182,39 @@ def test_values_are_recalls_on_the_first_images_and_means_over_seeds(made: Made)
     assert standing.difference is not None and standing.corrected is not None
     assert standing.difference.value == pytest.approx(rsum.value - vector.values["rsum"].value)
     assert standing.corrected >= standing.difference.p
+    # Of one seed there is an interval over images, but no p-value, nor is one counted in the others' correction.
+    single, mil = found.standing("k2"), found.standing("mil")
+    assert single is not None and mil is not None and mil.difference is not None
+    assert single.difference is not None and single.corrected is None and single.to_json()["p corrected"] is None
+    pair = [standing.difference.p, mil.difference.p]
+    assert [standing.corrected, mil.corrected] == pytest.approx(statistics.holm(pair))
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_training_was_given_is_told(made: Made, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(made.store, store, symlinks=True)
+    before = run.create(store / "runs", "before", "train: {epochs: 7}\n", "tests")
+    Outbox(before.events).metrics(6, {"train/seconds": 60.0})
+    Outbox(before.events).metrics(7, {"train/seconds": 70.5})
+    trainings = [references.trial_run("decked", number, store) for number in (1, 6)]
+    parents = {"parents": [{"run": "before", "checkpoint": "epoch_0007"}]}
+    storage.write_json(trainings[0].folder / lineage.FILE, parents)
+    found = deck.collect(made.study, made.spec, "decked", store, quiet)
+    dive, vector = found.standing("dive"), found.standing("vector")
+    assert dive is not None and vector is not None
+    spent = []
+    for training in trainings:
+        told = [event["values"] for event in run.read_events(training.events) if event["kind"] == "metrics"]
+        spent.append([values["train/seconds"] for values in told if "train/seconds" in values][-1])
+    expected = [3.5, 20, 16, made.base.optimizer.lr, sum(spent) / 2, 35.25]
+    assert [dive.budget(name) for name in deck_measure.BUDGET] == pytest.approx(expected)
+    assert vector.budget("pre-training epochs") == 0 and vector.budget("pre-training seconds") == 0
+    text = deck_page.render(found, store)
+    assert "Not equal are pre-training epochs, training seconds and pre-training seconds" in text
+    shutil.rmtree(before.folder)
+    gone = deck.collect(made.study, made.spec, "decked", store, quiet).standing("dive")
+    assert gone is not None and len(gone.runs) == 2 and gone.budget("pre-training seconds") is None
 
 
 def test_the_first_so_many_images_are_the_whole_split_where_it_has_no_more(made: Made) -> None:
@@ -222,6 +257,15 @@ def test_the_health_of_sets_is_that_of_the_best_epoch(made: Made) -> None:
     assert list(measured.curve) == [1, 2] and measured.validation == max(measured.curve.values())
     vector = deck_measure.measure(made.training(0), "vector", 0, made.store, 40)
     assert not vector.spread and deck_measure.SPREAD not in vector.health
+
+
+def test_what_a_run_once_said_of_draws_is_not_shown_as_the_health_of_sets(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "gaussian" not in deck_measure.OF_SETS
+    monkeypatch.setattr(deck_measure, "OF_SETS", ("pie_net",))  # as if the slots of this run were draws
+    measured = deck_measure.measure(made.training(1), "dive", 0, made.store, 40)
+    assert not measured.health and not measured.spread and len(measured.curve) == 2
 
 
 def test_an_interval_of_one_system_is_as_wide_as_images_and_seeds_make_it() -> None:
@@ -269,13 +313,21 @@ def judged(better: list[Measured], than: list[Measured], of: Any = "rsum") -> de
 
 def test_a_claim_of_rsum_is_judged_by_the_interval_of_the_difference() -> None:
     good, bad = np.where(np.arange(100) < 90, 1, 50), np.where(np.arange(100) < 30, 1, 50)
-    held = judged([measured_of(good)], [measured_of(bad)])
+    held = judged([measured_of(good)] * 2, [measured_of(bad)] * 2)
     assert held.verdict == "held" and held.value == pytest.approx(360) and "gained" not in held.numbers
-    lost = judged([measured_of(bad, curve=(5, 6, 7, 10))], [measured_of(good, curve=(5, 6, 9, 9))])
+    lost = judged([measured_of(bad, curve=(5, 6, 7, 10))] * 2, [measured_of(good, curve=(5, 6, 9, 9))] * 2)
     assert lost.verdict == "did not hold" and lost.value == pytest.approx(-360)
     assert "a still gained 3.0 in val RSUM, b 0.0" in lost.numbers
-    same = judged([measured_of(good)], [measured_of(np.roll(good, 50))])
+    same = judged([measured_of(good)] * 2, [measured_of(np.roll(good, 50))] * 2)
     assert same.verdict == "not decided" and same.interval is not None and same.interval[0] < 0 < same.interval[1]
+
+
+@pytest.mark.parametrize(("better", "than"), [(1, 1), (1, 3), (3, 1)])
+def test_a_claim_of_rsum_is_not_decided_by_one_seed(better: int, than: int) -> None:
+    good, bad = np.where(np.arange(100) < 90, 1, 50), np.where(np.arange(100) < 30, 1, 50)
+    found = judged([measured_of(good)] * better, [measured_of(bad)] * than)
+    assert found.verdict == "not decided" and "one seed of a side" in found.numbers
+    assert found.interval is not None and found.interval[0] > 0  # which over images alone would have decided it
 
 
 def test_a_claim_of_spread_is_judged_over_seeds() -> None:
@@ -312,13 +364,22 @@ def test_a_claim_about_what_is_not_there_is_not_measured() -> None:
 # --- times ------------------------------------------------------------------------------------------------------
 
 
-def test_times_are_taken_once_for_the_same_models(made: Made, tmp_path: Path) -> None:
+def test_times_are_taken_once_for_the_same_models(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = {number: trained_model.load(made.training(number).best_checkpoint()) for number in (0, 1)}
     first = deck_speed.measured({"a": models[0]}, made.store, tmp_path, SIZES)
     assert first.sizes == list(SIZES) and first.repetitions == deck_speed.REPETITIONS
     assert all(len(times) == deck_speed.REPETITIONS and min(times) > 0 for times in first.search["a"].values())
     assert deck_speed.measured({"a": models[0]}, made.store, tmp_path, SIZES) == first
     assert deck_speed.measured({"a": models[1]}, made.store, tmp_path, SIZES) != first
+    monkeypatch.setattr(deck_speed, "WAY", deck_speed.WAY + 1)
+    again = deck_speed.measured({"a": models[1]}, made.store, tmp_path, SIZES)
+    monkeypatch.undo()
+    file = tmp_path / deck_speed.FILE
+    kept = storage.read_json(file)
+    assert kept["speed"]["caption"] == again.caption
+    del kept["of"]["way"]  # as times were kept before cross-attention was made faster
+    storage.write_json(file, kept)
+    assert deck_speed.measured({"a": models[1]}, made.store, tmp_path, SIZES) != again
     assert json.loads(json.dumps(first.to_json()))["medians"]["a"]["search"].keys() == {"20", "60"}
 
 
@@ -340,6 +401,8 @@ def test_the_page_opens_offline_and_says_what_failed(made: Made, tmp_path: Path)
     assert f"failing, seed 0 (decked-003)\t{REASON}" in body
     assert "a set beats a vector" in body and "no training of failing was measured" in body
     assert "vector has no sets of several elements" in body
+    assert body.count("over images alone\n") == 1 or body.count("over images alone\t") == 1  # k2, of one seed
+    assert "What a training costs" in body and "All variants see the same images for 2 epochs." in body
     data = json.loads(page.with_name(deck.DATA).read_text())
     assert [one["variant"] for one in data["variants"]] == ["vector", "dive", "mil", "k2"]
     assert [len(one["runs"]) for one in data["variants"]] == [2, 2, 2, 1]
@@ -407,9 +470,11 @@ def test_the_claims_of_the_last_start_count_and_autoencoders_of_the_store_are_to
         update={"deck": made.spec.deck.model_copy(update={"claims": (), "timed": (), "baseline": "mil"})}
     )
     deck.keep(other, "decked", store)
-    slots = run.create(store / "runs", "discovered", "model: {kind: slot_autoencoder}\n", "tests")
-    for epoch, (ari, psnr) in enumerate(((10.0, 9.0), (70.0, 20.0), (80.0, 15.0)), start=1):
-        Outbox(slots.events).metrics(epoch, {"val/ari": ari, "val/psnr": psnr})
+    for name, dataset in (("discovered", "digits"), ("elsewhere", "clevr")):
+        text = f"data: {{name: {dataset}}}\nmodel: {{kind: slot_autoencoder}}\n"
+        slots = run.create(store / "runs", name, text, "tests")
+        for epoch, (ari, psnr) in enumerate(((10.0, 9.0), (70.0, 20.0), (80.0, 15.0)), start=1):
+            Outbox(slots.events).metrics(epoch, {"val/ari": ari, "val/psnr": psnr})
     found = deck.collect(made.study, analysis.recorded("decked", store).spec, "decked", store, quiet)
     assert not found.judged and found.speed is None and found.baseline == "mil"
     assert found.autoencoders == ({"run": "discovered", "epochs": 3, "val/ari": 70.0, "val/psnr": 20.0},)
@@ -443,7 +508,7 @@ def test_a_comparison_names_variants_and_not_all_that_differs_between_systems(ma
 
 
 def test_what_makes_no_sense_for_variants_is_refused(made: Made) -> None:
-    with pytest.raises(ConfigError, match="several seeds already"):
+    with pytest.raises(ConfigError, match=r"several seeds already.* seeds=4 --trials 20 --name NAME"):
         confirmation.confirm("decked", made.store, Tracker(made.store), quiet, 1, 3)
     with pytest.raises(ConfigError, match="trains all of them"):
         earlier.settings(["decked"], made.spec, made.base, made.store, quiet)
@@ -457,6 +522,40 @@ def test_a_plan_names_the_variants(made: Made) -> None:
     assert "'decked' of 5 variants: 10 trials of at most 2 epochs" in told
     assert "  k2 (K): digits_cnn_bigru, model.set_prediction.num_slots=2\n" in told
     assert "at most" in plan.describe(made.spec, made.base, "decked", made.store, "cpu").splitlines()[-1]
+
+
+@dataclass
+class Stops:
+    """In place of the trainings of a study."""
+
+    how: str | KeyboardInterrupt
+
+    def __call__(self, *_: Any) -> str:
+        if isinstance(self.how, str):
+            return self.how
+        raise self.how
+
+
+@pytest.mark.parametrize("how", ["max_hours=1 is used up", KeyboardInterrupt()])
+def test_the_deck_of_a_study_that_never_ends_can_be_written(
+    how: str | KeyboardInterrupt, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeps, "_tune", Stops(how))
+    monkeypatch.setattr(cluster, "connect", contextlib.nullcontext)
+    (tmp_path / "data").symlink_to(made.store / "data")
+    (tmp_path / "endless.yaml").write_text(TEXT)
+    spec, base = space.load(str(tmp_path / "endless.yaml"))
+    said: list[str] = []
+    ends = contextlib.nullcontext() if isinstance(how, str) else pytest.raises(KeyboardInterrupt)
+    with ends:
+        sweeps.run_study(spec, base, "endless", tmp_path, Tracker(tmp_path), said.append)
+    # As `analyze` does, which knows of the study only what it recorded.
+    recorded = analysis.recorded("endless", tmp_path).spec
+    study = studies.load(tmp_path / "studies" / "endless", "endless")
+    found = deck.collect(study, recorded, "endless", tmp_path, quiet)
+    assert found.settings == spec.deck and len(found.judged) == 5
+    advice = [one for one in said if "setwise sweep analyze endless" in one]
+    assert len(advice) == isinstance(how, str)  # after Ctrl-C nothing takes its time any more
 
 
 @pytest.mark.ray
