@@ -59,11 +59,7 @@ def batch_loss(
     Raises:
         ValueError: `owners` is not one index for each caption.
     """
-    if owners.shape != texts.sets.shape[:1]:
-        raise ValueError(
-            f"owners must be a vector, the index of an image for each of the {len(texts.sets)} captions; "
-            f"its shape is {tuple(owners.shape)}"
-        )
+    losses.check_owners(owners, len(texts.sets))
     if not len(images.sets) or not len(texts.sets):
         raise ValueError(f"{len(images.sets)} images and {len(texts.sets)} captions: there is nothing to compare")
     parameters = [parameter for parameter in similarity.parameters() if parameter.requires_grad]

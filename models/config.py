@@ -113,6 +113,12 @@ class BiGRUConfig(ModelSettings):
         return self.kind
 
 
+def check_heads(width: int, heads: int) -> None:
+    """Raises ValueError if attention of that width has no room for so many heads."""
+    if width % heads:
+        raise ValueError(f"width {width} cannot be divided among {heads} heads")
+
+
 class BertConfig(ModelSettings):
     """BERT; its sizes are those of `bert-base-uncased`."""
 
@@ -130,8 +136,7 @@ class BertConfig(ModelSettings):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} cannot be divided among {self.heads} heads")
+        check_heads(self.width, self.heads)
         return self
 
     @property

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from setwise.models.loss_config import HingeRankConfig
+from setwise.models.losses import check_owners
 from setwise.models.set_prediction import Features, SetEmbedding, padding_after
 
 
@@ -98,11 +99,7 @@ def hinge_rank(images: SetEmbedding, texts: SetEmbedding, owners: Tensor, config
     Raises:
         ValueError: `owners` is not one index for each caption.
     """
-    if owners.shape != texts.sets.shape[:1]:
-        raise ValueError(
-            f"owners must be a vector, the index of an image for each of the {len(texts.sets)} captions; "
-            f"its shape is {tuple(owners.shape)}"
-        )
+    check_owners(owners, len(texts.sets))
     image_IW, text_TW = images.slots[:, 0], texts.sets[:, 0]
     dtype = torch.promote_types(torch.promote_types(image_IW.dtype, text_TW.dtype), torch.float32)
     with torch.autocast(owners.device.type, enabled=False):

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from setwise.models.config import ImageEncoderConfig, ModelSettings
+from setwise.models.config import ImageEncoderConfig, ModelSettings, check_heads
 
 
 class CaptionerConfig(ModelSettings):
@@ -24,8 +24,7 @@ class CaptionerConfig(ModelSettings):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} cannot be divided among {self.heads} heads")
+        check_heads(self.width, self.heads)
         return self
 
     @property

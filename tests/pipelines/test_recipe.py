@@ -149,24 +149,6 @@ def test_a_published_recipe_has_the_published_settings(name: str) -> None:
     assert {setting: settings[setting] for setting in PUBLISHED[name]} == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_every_value_of_a_published_recipe_says_where_it_is_from(name: str) -> None:
-    lines = recipe.find(name).read_text().splitlines()
-    layer = config.read_yaml(recipe.find(name))
-    silent = []
-    for keys, place in layer.places.items():
-        value = layer.values
-        for key in keys:
-            value = value[key]
-        if isinstance(value, dict) or keys == ("extends",):
-            continue
-        assert place.line is not None
-        found = re.search(r"# \[(\w+)\] ?(.*)", lines[place.line - 1])
-        if found is None or found[1] not in SOURCES or (found[1] == "guess" and not found[2]):
-            silent.append(lines[place.line - 1])
-    assert silent == []
-
-
 def test_the_tags_of_published_values_are_explained() -> None:
     explained = re.findall(r"^#   \[(\w+)\]", recipe.find("coco_butd_bigru").read_text(), flags=re.MULTILINE)
     assert explained == list(SOURCES)
