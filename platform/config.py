@@ -25,6 +25,7 @@ from setwise.platform.errors import ConfigError
 MAX_BYTES = 1_000_000
 MAX_NAMES = 40
 """Names that an error lists: a store may have thousands of runs."""
+MAX_DEPTH = 100
 MAX_NODES = 20_000  # a few lines of nested aliases can expand to billions of nodes
 
 
@@ -138,6 +139,8 @@ def parse_yaml(data: bytes, source: str) -> Layer:
 def _plain(node: Any, source: str, keys: Keys, places: dict[Keys, Place], budget: list[int]) -> Any:
     """Plain Python values of a parsed node; the place of each key goes into `places`."""
     budget[0] -= 1
+    if len(keys) > MAX_DEPTH:
+        raise ConfigError(f"{source}: nested too deeply")
     if budget[0] < 0:
         raise ConfigError(f"{source}: more than {MAX_NODES:,} values; are its aliases nested?")
     tagged = getattr(getattr(node, "tag", None), "value", None) is not None

@@ -88,8 +88,8 @@ def run_study(
                 done = studies.finished(study)
             _reconcile(study, name, store)
             trials = [references.trial_run(name, trial.number, store) for trial in done]
-            for parent in {one["run"] for trial in trials for one in lineage.parents(trial)}:
-                courier.add(Run(store / "runs" / parent), ended=True)  # a pre-training, which is nobody's trial
+            for before in {one["run"] for trial in trials for one in lineage.parents(trial)}:
+                courier.add(Run(store / "runs" / before), ended=True)  # a pre-training, which is nobody's trial
             outcome = report.outcome_of(study, spec, name, store, failures, stopped)
             study_run.end(parent, spec, outcome)
             try:

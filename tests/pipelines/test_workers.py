@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import one_step
-from setwise.pipelines import train
-from setwise.pipelines.retrieval import Retrieval
+from setwise.pipelines import train, trained_model
 from setwise.pipelines.workers import Worker
 
 # In float32 what is left is the rounding of sums in another order: 5e-7 in most cases here, 4e-6 with a backbone.
@@ -134,14 +133,14 @@ def test_a_step_reads_nothing_back_from_the_device(
     monkeypatch.setattr(torch.nn.GRU, "forward", unwatched)
     settings = one_step.recipe(case, micro_batch)
     torch.manual_seed(0)
-    retrieval = Retrieval(settings, one_step.VOCABULARY).train()
+    system = trained_model.untrained(settings, one_step.VOCABULARY).train()
     share = one_step.share(case, 0, 1, torch.float32)
-    adamw = torch.optim.AdamW(retrieval.parameters(), fused=True)  # as on a GPU
+    adamw = torch.optim.AdamW(system.parameters(), fused=True)  # as on a GPU
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     failure = train.Failure(torch.device("cpu"))
     with NothingIsReadBack():
-        parts = train.global_loss(retrieval.retriever, retrieval, share, 0.0, Worker())
-        norm = train.update(parts["total"], retrieval, adamw, scaler, 1.0)
+        parts = train.global_loss(system.encoder, system, share, 0.0, Worker())
+        norm = train.update(parts["total"], system, adamw, scaler, 1.0)
         failure.note(3, parts, norm, torch.tensor(False))
     assert failure.first == -1
 
