@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.workers import Worker
 from setwise.platform import config, run
 from setwise.platform.tracking import Tracker
+from setwise.sweeps.study import MAX_DEATHS
+from setwise.sweeps.trial import PROCESS
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(1500)]
 NAME = "chaos"
@@ -54,6 +57,8 @@ class Sweep:
     store: Path
     process: subprocess.Popen[bytes] | None = None
     started: set[int] = field(default_factory=set)
+    deaths: Counter[str] = field(default_factory=Counter)
+    """Of workers, by the run of the trial that was in them; a trial is given up after the fourth."""
     log: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,16 +81,25 @@ class Sweep:
         assert self.process is not None
         return [one for one in descendants(self.process.pid) if b"ImplicitFunc" in _command(one)]
 
+    def trial_in(self, process: int) -> str | None:
+        """The run that a process trains: of those it has served, the one that it began last."""
+        marks = [trial.folder / PROCESS for trial in references.trials_of(NAME, self.store)]
+        its = [one for one in marks if one.is_file() and one.read_text() == str(process)]
+        return max(its, key=lambda one: one.stat().st_mtime_ns).parent.name if its else None
+
     def kill(self, what: str, chance: random.Random) -> bool:
         """Kill for real; False if there is nothing to kill just now."""
         assert self.process is not None
         below = descendants(self.process.pid)
         self.started |= below
         if what == "worker":
-            workers = self.workers()
+            at_work = {one: self.trial_in(one) for one in self.workers()}
+            workers = [one for one, trial in at_work.items() if trial is not None and self.deaths[trial] < MAX_DEATHS]
             if not workers:
                 return False
-            os.kill(chance.choice(sorted(workers)), signal.SIGKILL)
+            victim = chance.choice(sorted(workers))
+            os.kill(victim, signal.SIGKILL)
+            self.deaths[str(at_work[victim])] += 1
             return True
         victims = [self.process.pid] if what == "driver" else [self.process.pid, *below]
         for victim in victims:
