@@ -48,7 +48,7 @@ def test_agrees_with_the_steps_written_out_in_sums_hits_and_gradients() -> None:
     model, (images, tokens) = captioner().eval(), inputs()
     scores = model(images, tokens, LENGTHS, OWNERS)
     local_BMX = model.image_encoder(images).local
-    for t, (length, owner) in enumerate(zip(LENGTHS[:4].tolist(), OWNERS.tolist(), strict=False)):
+    for t, (length, owner) in enumerate(zip(LENGTHS[:4].tolist(), OWNERS[:4].tolist(), strict=True)):
         words = tokens[t, :length].tolist()
         forward, hits = surprise(model, local_BMX[owner], words, backward=False)
         backward, more = surprise(model, local_BMX[owner], words, backward=True)
