@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from setwise.platform import local_cluster
 from setwise.platform.errors import UnreachableError
 
 # Ray Train's report() returns at the controller's next look; at the default of 2 s each epoch would end in a pause.
@@ -39,7 +37,7 @@ def connect(cpus: int | None = None, object_store_bytes: int = 512 * 2**20) -> I
         object_store_bytes: shared memory of an own cluster. It holds shards in preparation, and no training data.
 
     Raises:
-        UnreachableError: no cluster answers at RAY_ADDRESS.
+        UnreachableError: no cluster answers at RAY_ADDRESS, or none can be started here.
     """
     environment = {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": REPORT_INTERVAL_S,
@@ -57,32 +55,22 @@ def connect(cpus: int | None = None, object_store_bytes: int = 512 * 2**20) -> I
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        _private_token()
     import ray
 
     if ray.is_initialized():
         yield
         return
+    if not address:
+        with local_cluster.started(cpus, object_store_bytes):
+            yield
+        return
     try:
-        if address:
-            _check_answers(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            with _on_loopback():
-                ray.init(
-                    address="local",
-                    num_cpus=cpus or len(os.sched_getaffinity(0)),
-                    object_store_memory=object_store_bytes,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    _temp_dir=os.environ.get("SETWISE_RAY_TEMP") or str(Path(tempfile.gettempdir()) / "ray"),
-                )
+        _check_answers(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError) as error:
-        raise UnreachableError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
+        raise UnreachableError(f"no Ray cluster at {address}: {error}") from error
     try:
-        with _watched(address) if address else contextlib.nullcontext():
+        with _watched(address):
             yield
     finally:
         ray.shutdown()
@@ -262,34 +250,3 @@ def _check_answers(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
-
-
-@contextlib.contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Let a cluster that is started now listen on loopback alone, as Ray's own switch does for Windows and macOS.
-
-    A loopback `_node_ip_address` does not do it: Ray replaces it by the machine's address, and listens on all.
-    """
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-def _private_token() -> None:
-    """Make Ray's token file ourselves, readable by its owner alone: Ray would leave it readable by everybody."""
-    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return
-    path = Path.home() / ".ray" / "auth_token"
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        if not path.exists():
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as stream:
-                stream.write(secrets.token_hex(32))
-        elif path.stat().st_mode & 0o077 and path.owner() == Path.home().owner():
-            path.chmod(0o600)

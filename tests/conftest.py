@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import own_process
+from own_process import pytest_runtest_logreport, pytest_runtest_protocol  # noqa: F401  # hooks
 from servers import BUCKET, S3Server, s3_server
 from setwise.pipelines import prepare, recipe
 from setwise.pipelines.digits import DigitsConfig
 from setwise.pipelines.prepare import DigitsPreparation, DigitsPrepareConfig
 from setwise.pipelines.recipe import Recipe
+from setwise.platform import local_cluster
 from tiny import TINY_MODEL, write_serially
 
 
@@ -29,6 +32,14 @@ def _quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
     if before is not None:
         os.environ["HOME"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_ray_in_this_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if not own_process.is_apart():
+            patch.setattr(local_cluster, "started", own_process.refuse)
+        yield
 
 
 @pytest.fixture(scope="session")

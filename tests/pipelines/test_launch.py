@@ -21,7 +21,7 @@ from setwise.platform.outbox import Outbox
 from setwise.platform.run import Run
 from tiny import TINY_MODEL
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.driver]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -231,6 +231,8 @@ def test_what_else_is_damaged_is_made_again(own: Path, file: str) -> None:
     assert path.read_bytes() == whole
 
 
+@pytest.mark.ray
+@pytest.mark.driver
 def test_a_store_that_cannot_be_written_is_said_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +300,7 @@ def test_a_preparation_that_is_killed_goes_on_where_it_was(tmp_path: Path, monke
 
 
 @pytest.mark.ray
+@pytest.mark.driver
 def test_ray_data_writes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of features, of several shards at once, and with an image that cannot be used."""
     sources = images_source(tmp_path / "files", 24), regions_source(tmp_path / "regions", bad=(3,))

@@ -348,6 +348,7 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.driver
 def test_the_files_do_not_depend_on_the_number_of_actors(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = get_model("fasterrcnn_resnet50_fpn", weights=None, weights_backbone=None, num_classes=5)

@@ -105,6 +105,7 @@ def test_an_elastic_training_has_no_more_workers_than_fit_where_ray_would_count_
 
 
 @pytest.mark.ray
+@pytest.mark.driver
 def test_what_an_autoscaler_told_ray_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         monkeypatch.setenv("SETWISE_RAY_TEMP", folder)

@@ -172,6 +172,7 @@ def train_steps(training: Run) -> list[int]:
 
 
 @pytest.mark.ray
+@pytest.mark.driver
 def test_the_best_trials_get_other_seeds_once_and_go_on_where_they_were_killed(store: Path) -> None:
     name = "confirmed"
     overrides = ["train.epochs=2", "trials=2", "pruning=null"]

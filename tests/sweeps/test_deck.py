@@ -559,6 +559,7 @@ def test_the_deck_of_a_study_that_never_ends_can_be_written(
 
 
 @pytest.mark.ray
+@pytest.mark.driver
 def test_a_small_version_runs_through_ray_and_goes_on_where_it_was(store: Path, tmp_path: Path) -> None:
     (tmp_path / "data").symlink_to(store / "data")
     (tmp_path / "small.yaml").write_text(TEXT.replace("timed: [vector, dive]", "timed: []"))

@@ -19,7 +19,7 @@ from setwise.platform.cluster import Capacity
 from setwise.platform.errors import UnreachableError
 from setwise.sweeps import run as sweeps
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.driver]
 GPUS = {"RTX3090": 1, "A100": 2}
 LABEL = "ray.io/accelerator-type"
 

@@ -38,6 +38,7 @@ def a_gpu_that_is_none() -> Iterator[None]:
 
 
 @pytest.mark.ray
+@pytest.mark.driver
 def test_two_trials_share_a_gpu(own: Path, a_gpu_that_is_none: None) -> None:
     spec, base = space.load("digits", [*STUDY, "trials_per_gpu=2"])
     share = sweeps.share_of(base.train, spec.trials_per_gpu)
@@ -55,6 +56,7 @@ def times(training: run.Run) -> tuple[int, int]:
 
 
 @pytest.mark.ray
+@pytest.mark.driver
 def test_a_trial_may_have_several_workers(own: Path) -> None:
     spec, base = space.load("digits", [*STUDY, "train.workers=2"])
     with cluster.connect(cpus=2):
