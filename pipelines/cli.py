@@ -183,14 +183,16 @@ def train(
         say(f"interrupted; nothing is lost. To go on: {repeated(['train', recipe, *(overrides or [])], options)}")
         raise
     best = {run.name: references.best_value(run) for run in runs}
+    retrieves = loaded.metric == "val/rsum"
     if as_json:
         emit({"runs": [{"run": run.name, "folder": str(run.folder), loaded.metric: best[run.name]} for run in runs]})
     else:
         for run in runs:
-            value = f"{best[run.name]:.{1 if loaded.metric == 'val/rsum' else 3}f}"
+            value = f"{best[run.name]:.{1 if retrieves else 3}f}"
             results.print(f"{run.name}: best {loaded.metric} {value}\n{run.folder}", soft_wrap=True)
     title = launch.title_of(planned)
-    say(f"next: setwise eval {runs[0].name}    setwise compare {title} ...    setwise promote {title}    setwise ui")
+    ranked = f"    setwise compare {title} ...    setwise promote {title}" if retrieves else ""
+    say(f"next: setwise eval {runs[0].name}{ranked}    setwise ui")
 
 
 @app.command("eval")

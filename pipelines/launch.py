@@ -132,13 +132,18 @@ def execute(planned: Sequence[Plan], tracker: Tracker, say: Say) -> list[Run]:
 def _train(plan: Plan, tracker: Tracker, connect: Callable[[], None], say: Say, shared: bool = False) -> Run:
     """One training, after the one that comes before it. Where it is `shared`, whoever else is at work on it is waited
     for."""
-    written, training = config.to_yaml(plan.recipe), Run(plan.store / "runs" / plan.name)
-    if run_mirror.restore_record(training, plan.store, written):
+    training = Run(plan.store / "runs" / plan.name)
+    if shared:
+        restored = pretraining.brought(training, plan.store)
+        plan = replace(plan, recipe=pretraining.as_begun(training, plan.recipe))
+    else:
+        restored = run_mirror.restore_record(training, plan.store, config.to_yaml(plan.recipe))
+    if restored:
         say(f"run '{plan.name}' was begun elsewhere, and goes on with what the mirror has of it")
     before = None
     if plan.before is not None and not pretraining.is_behind(training):
         before = _train(plan.before, tracker, connect, say, shared=True)
-    training = run.create(plan.store / "runs", plan.name, written, plan.experiment)
+    training = run.create(plan.store / "runs", plan.name, config.to_yaml(plan.recipe), plan.experiment)
     what = f"run '{plan.name}'"
     own = pretraining.turn(training, say) if shared else storage.lease(training.folder / "lease", what)
     with own, Courier(tracker) as courier:

@@ -20,7 +20,7 @@ from setwise.pipelines import lineage, records, references
 from setwise.pipelines import recipe as recipes
 from setwise.pipelines.prepare import Prepared
 from setwise.pipelines.recipe import Recipe
-from setwise.platform import checkpoint, config, storage
+from setwise.platform import checkpoint, config, run_mirror, storage
 from setwise.platform.errors import ConfigError, DataError, StoppedError
 from setwise.platform.run import Run
 from setwise.platform.storage import LeaseHeldError
@@ -74,6 +74,12 @@ def run_name(title: str, recipe: Recipe, prepared: Prepared) -> str:
     if isinstance(recipe.model, CaptionerConfig):
         settings["train"] = {name: value for name, value in settings["train"].items() if name not in OPERATIONAL}
     return f"{title}-{storage.fingerprint([settings, prepared.fingerprint])[:6]}"
+
+
+def brought(before: Run, store: Path) -> bool:
+    """Bring what the store's mirror has of a pre-training that this store has not; whether it did. Its name says what
+    is learned, and whoever began it may have computed it elsewhere."""
+    return run_mirror.restore_record(before, store, config_yaml=None)
 
 
 def as_begun(before: Run, first: Recipe) -> Recipe:

@@ -65,19 +65,19 @@ class RunMirror:
             if name not in first and not superseded():
                 self._push_checkpoint(name)
 
-    def restore_record(self, config_yaml: str) -> bool:
+    def restore_record(self, config_yaml: str | None) -> bool:
         """Bring the record here, if there is none here and the mirror has one; whether it did. With that of a run that
         has ended come its checkpoints.
 
         Raises:
-            ConfigError: the mirror's run has another configuration than `config_yaml`.
+            ConfigError: the mirror's run has another configuration than `config_yaml`, if that is given.
         """
         if self.run.config.is_file():
             return False
         there = self.mirror.read(f"{self.name}/{CONFIG}")
         if there is None:
             return False
-        if there != config_yaml.encode():
+        if config_yaml is not None and there != config_yaml.encode():
             raise ConfigError(
                 f"mirror {self.mirror.address} has a run '{self.run.name}' with another configuration. Choose another "
                 f"name, or look at it: setwise store pull {self.name}"
@@ -196,12 +196,12 @@ def _named(pointer: bytes | None) -> str | None:
         return None
 
 
-def restore_record(training: Run, store: Path, config_yaml: str) -> bool:
+def restore_record(training: Run, store: Path, config_yaml: str | None) -> bool:
     """Bring the record of a run that this store has not, and its mirror has; whether it did. To be called before
     `run.create`, which then finds the run and goes on with it.
 
     Raises:
-        ConfigError: the mirror's run of this name has another configuration.
+        ConfigError: the mirror's run of this name has another configuration than `config_yaml`, if that is given.
         UnreachableError: it cannot be known whether the run was begun elsewhere.
     """
     mirror = open_mirror(store)

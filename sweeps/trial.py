@@ -20,7 +20,7 @@ from setwise.pipelines import references
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.references import VARIANT
 from setwise.platform import config as configuration
-from setwise.platform import run, storage
+from setwise.platform import run, run_mirror, storage
 from setwise.platform.errors import SetwiseError, StoppedError, StorageError
 from setwise.platform.masking import masked
 from setwise.platform.outbox import Outbox
@@ -142,6 +142,7 @@ def _pretrain(recipe: Recipe, training: Run, store: Path) -> None:
     before = pretraining.run_before(recipe, prepare.open_prepared(recipe.data.name, store), store)
     if first is None or before is None or recipe.pretraining is None or pretraining.is_behind(training):
         return
+    pretraining.brought(before, store)
     first = pretraining.as_begun(before, first)
     experiment = Path(recipe.pretraining.recipe).stem
     run.create(store / "runs", before.name, configuration.to_yaml(first), experiment)
@@ -150,6 +151,7 @@ def _pretrain(recipe: Recipe, training: Run, store: Path) -> None:
             before.stop.unlink(missing_ok=True)
             _loop(first, before, store, lambda values: None, training.stop.exists)
             records.end(before, "FINISHED")
+            run_mirror.send(before, store)
     pretraining.adopt(training, before)
 
 

@@ -243,6 +243,35 @@ def test_a_trial_of_a_sweep_does_it_in_its_process_and_the_next_one_finds_it(
         assert parent["run"] == before.name
 
 
+@pytest.mark.parametrize("by", ["trial", "train"])
+def test_one_that_the_mirror_alone_has_is_brought_and_not_trained_again(
+    own: Path, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """Also where it was computed otherwise: that is no part of what it learned."""
+    from ray import tune
+
+    monkeypatch.setattr(tune, "report", lambda values: None)
+    monkeypatch.setenv("SETWISE_MIRROR", (tmp_path / "far").as_uri())
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    (fresh / "data").symlink_to(own / "data")
+    for store in (own, fresh):
+        run.create(store / "studies", "mine", "a study\n", "mine")
+    one = {"trial": 0, "values": {}}
+    trial.train_trial(one, trial.settings_of("mine", retriever(own, "train.threads=2"), own, ("val/rsum",), False))
+    (before,) = (own / "runs").glob("small_captioner-*")
+    if by == "trial":
+        trial.train_trial(one, trial.settings_of("mine", retriever(own), fresh, ("val/rsum",), False))
+    else:
+        _, said, _ = go(fresh, retriever(own), "main")
+        assert any("was begun elsewhere" in line for line in said) and trained == ["main"]
+    brought = Run(fresh / "runs" / before.name)
+    for name in ("events.jsonl", "config.yaml"):
+        assert (brought.folder / name).read_bytes() == (before / name).read_bytes()
+    (parent,) = lineage.parents(Run(fresh / "runs" / ("mine-000" if by == "trial" else "main")))
+    assert parent["run"] == before.name
+
+
 def test_what_does_not_fit_is_named(own: Path) -> None:
     for change, message in (
         ("model.image_encoder.channels=[8, 16]", r"channels is \[8, 8\] there and \[8, 16\] here"),
