@@ -105,16 +105,24 @@ def config_show(
 
 
 @config_app.command("check")
-def config_check(names: Annotated[list[str], typer.Argument(help="recipes or studies, by name or file")]) -> None:
-    """Check recipes and studies; every mistake is shown with its place."""
+def config_check(
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME... [A.B=V...]", help="recipes or studies, by name or file; overrides")
+    ],
+) -> None:
+    """Check recipes and studies, with overrides of them if there are any; every mistake is shown with its place."""
     from setwise.pipelines import recipe
     from setwise.sweeps import space
 
-    for name in names:
+    overrides = [name for name in names if "=" in name]
+    checked = [name for name in names if "=" not in name]
+    if not checked:
+        raise ConfigError("name a recipe or a study whose overrides these are: setwise config check RECIPE A.B=V")
+    for name in checked:
         if name in space.names() or (Path(name).is_file() and space.is_study(Path(name))):
-            space.load(name)
+            space.load(name, overrides)
         else:
-            recipe.load(name)
+            recipe.load(name, overrides)
         results.print(f"{name}: ok")
 
 

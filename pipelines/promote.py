@@ -116,10 +116,10 @@ def promote(
     if run is None:
         raise ConfigError(f"'{reference.label}' belongs to no run here, so its lineage cannot be recorded")
     asked = asked or load_gate()
-    say(f"evaluating {reference.label} on the test split")
-    outcomes = evaluate([reference], store)
     model = trained_model.load(reference.checkpoint)
     name = registry.model_name(model.recipe.data.name)
+    say(f"evaluating {reference.label} on the test split")
+    outcomes = evaluate([reference], store)
 
     def between(champion: Version) -> dict[str, tuple[float, float]]:
         try:

@@ -268,7 +268,14 @@ def _explain(model: type[BaseModel], layer: Layer, item: dict[str, Any]) -> str:
         return f"{place}: '{name}' is not a setting.{hint}"
     if item["type"] == "missing":
         return f"{place}: '{name}' is required."
-    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "union_tag_invalid":
+        context = item["ctx"]
+        allowed = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
+        kind = context["discriminator"].strip("'")
+        return f"{place_of(layer, (*keys, kind))}: {name}.{kind}: {no_such(kind, str(context['tag']), allowed)}"
+    message = item["msg"].removeprefix("Value error, ").removesuffix(".")
+    if not name:  # of a whole file: it begins with the setting that it speaks of, if with any
+        place = place_of(layer, tuple(message.partition(": ")[0].split(".")))
     got = "" if isinstance(item["input"], dict | BaseModel) else f", not {item['input']!r}"
     return f"{place}: {name + ': ' if name else ''}{message[:1].lower() + message[1:]}{got}."
 

@@ -81,8 +81,7 @@ class Study(Settings):
         if not isinstance(values, dict) or not isinstance(given := values.get("variants"), dict) or not given:
             return values
         seeds = values.get("seeds", cls.model_fields["seeds"].default)
-        if type(seeds) is not int or seeds < 1:
-            return values
+        seeds = seeds if type(seeds) is int and seeds > 0 else 1  # else told by itself
         if len(given) < 2:
             raise ValueError("variants: give two or more, to be compared")
         space = space_of(list(map(str, given)), seeds)
@@ -101,9 +100,6 @@ class Study(Settings):
             raise ValueError("variants are a grid: sampler, pruning and population do not go with them")
         if self.objectives != ("val/rsum",):
             raise ValueError("objectives: variants are trained for val/rsum alone; their page shows what they cost")
-        for where, name in self.deck.named().items():
-            if name not in self.variants:
-                raise ValueError(f"deck.{where}: {config.no_such('variant', name, list(self.variants))}")
         return self
 
     @model_validator(mode="after")

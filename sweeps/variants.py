@@ -70,13 +70,13 @@ class Deck(Settings):
     timed: tuple[str, ...] = Field((), description="variants whose queries are timed against the size of the gallery")
     claims: tuple[Claim, ...] = Field((), description="each is judged: it held, it did not hold, or it is not decided")
 
-    def named(self) -> dict[str, str]:
+    def named(self) -> dict[Keys, str]:
         """{where a variant is named: the variant}."""
         given = {"baseline": self.baseline, "reference": self.reference}
-        found = {where: name for where, name in given.items() if name is not None}
-        found |= {f"timed.{place}": name for place, name in enumerate(self.timed)}
+        found: dict[Keys, str] = {(where,): name for where, name in given.items() if name is not None}
+        found |= {("timed", place): name for place, name in enumerate(self.timed)}
         for place, claim in enumerate(self.claims):
-            found |= {f"claims.{place}.better": claim.better, f"claims.{place}.than": claim.than}
+            found |= {("claims", place, "better"): claim.better, ("claims", place, "than"): claim.than}
         return found
 
 
@@ -125,7 +125,12 @@ def resolved(study: Study, source: Layer, preset: Layer, fixed: Layer) -> dict[s
 
 
 def _with_settings(study: Study, source: Layer, preset: Layer, fixed: Layer) -> dict[str, Variant]:
-    problems: list[str] = []
+    problems = [
+        f"{config.place_of(source, ('deck', *keys))}: deck.{'.'.join(map(str, keys))}: "
+        f"{config.no_such('variant', name, list(study.variants))}"
+        for keys, name in study.deck.named().items()
+        if name not in study.variants
+    ]
     found: dict[str, Variant] = {}
     first: Recipe | None = None
     for name, variant in study.variants.items():

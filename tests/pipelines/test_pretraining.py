@@ -22,6 +22,7 @@ from setwise.pipelines import (
     prepare,
     pretrained,
     pretraining,
+    promote,
     recipe,
     records,
     tables,
@@ -373,6 +374,10 @@ def test_a_captioner_is_measured_on_the_test_split_once(own: Path, monkeypatch: 
         evaluate.evaluate([reference], own, names=["digits_1k"])
     with pytest.raises(ConfigError, match="has no embeddings"):
         evaluate.evaluate([reference, reference], own)
+    said: list[str] = []
+    with pytest.raises(ConfigError, match="has no embeddings"):
+        promote.promote(reference, own, cast(Tracker, Delivered()), say=said.append)
+    assert said == []
 
 
 def test_a_plan_says_how_long_it_is_and_what_it_does_not_know(own: Path) -> None:

@@ -197,7 +197,7 @@ def test_a_written_recipe_is_the_same_recipe(tmp_path: Path) -> None:
         ("loss.mmd_weight=.inf", "finite"),
         ("model.set_prediction.num_slots=0", "greater than or equal to 1"),
         ("model.image_encoder.channels=[8, 12]", "multiple of 8"),
-        ("model.image_encoder.kind=resnext", "'cnn'"),
+        ("model.image_encoder.kind=resnext", "kind: no kind is called 'resnext'. There are: cnn, butd, grid."),
     ],
 )
 def test_bounds(override: str, message: str | None) -> None:

@@ -380,12 +380,15 @@ variants:
   d: {overrides: {train.epochs: 3}}
   e: {overrides: {model.embed_size: -1}}
   f: {recipe: digits_slot_autoencoder}
+deck: {baseline: god, claims: [{says: x, better: good, than: z}]}
 """
-    a, b, c, d, e, f = mistakes(tmp_path, text)
+    baseline, claim, a, b, c, d, e, f = mistakes(tmp_path, text)
+    assert baseline.startswith("study.yaml:10:8: deck.baseline: no variant is called 'god'. Did you mean 'good'?")
+    assert claim.startswith("study.yaml:10:56: deck.claims.0.than: no variant is called 'z'. There are: good, a, ")
     assert a.startswith("study.yaml:4:19: 'model.set_prediction.numslots' is not a setting. Did you mean")
     assert a.endswith("(variant 'a')")
     assert b.startswith("study.yaml:5:7: variants.b: no recipe is called 'digits_cnn_bigrus'. Did you mean")
-    assert c.startswith("study.yaml:6:3: variants.c: similarity.kind=cross_attention and")
+    assert c.startswith("study.yaml:6:19: similarity.kind=cross_attention and")
     assert d.startswith("study.yaml:7:3: variants.d: train.epochs is 3 and 24 in 'good'")
     assert e.startswith("study.yaml:8:19: model.embed_size: ") and e.endswith("(variant 'e')")
     assert f.startswith("study.yaml:9:3: variants.f: a model of kind 'slot_autoencoder' has no embeddings")
@@ -400,7 +403,7 @@ variants:
         ("objectives: [val/rsum, query_ms]", "trained for val/rsum alone"),
         ("trials: 10", "the grid has 9 points"),
         ("space: {similarity.alpha: {choice: [1, 2]}}", "leave one of the two out"),
-        ("seeds: 0", "greater than or equal to 1"),
+        ("seeds: 0", "seeds: input should be greater than or equal to 1, not 0.\n1 mistake;"),
         ("deck: {baseline: plane}", "Did you mean 'plain'"),
         ("deck: {claims: [{says: x, better: plain, than: none}]}", "no variant is called 'none'"),
     ],

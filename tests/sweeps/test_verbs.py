@@ -32,6 +32,21 @@ def test_a_mistake_is_told_before_anything_starts(tmp_path: Path, words: tuple[s
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("digits_cnn_bigru", "train.epochs=0"), "train.epochs: input should be greater than or equal to 1"),
+        (("digits", "trials=0"), "trials: input should be greater than or equal to 1"),
+        (("train.epochs=3",), "name a recipe or a study whose overrides these are"),
+        (("digits_cnn_bigru", "train.epochs=3"), None),
+    ],
+)
+def test_overrides_are_checked_like_files(words: tuple[str, ...], told: str | None) -> None:
+    done = CliRunner().invoke(cli.app, ["config", "check", *words])
+    assert done.exception is None if told is None else isinstance(done.exception, ConfigError)
+    assert told is None or told in str(done.exception)
+
+
 def test_a_port_that_is_taken_is_told_before_a_server_starts(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
