@@ -9,6 +9,8 @@ from setwise.platform import storage
 from setwise.sweeps.space import Study
 
 WRITE_EVERY_S = 5
+USED_UP = "is used up"
+"""How a reason ends that is a limit of the study."""
 HOPELESS = 5
 """Trials that fail in a row for one reason, while none succeeded, after which no more are tried."""
 
@@ -53,7 +55,7 @@ class Limits:
         ):
             if limit is not None and used >= limit:
                 self._write()
-                raise Stopped(f"{what}={limit:g} is used up")
+                raise Stopped(f"{what}={limit:g} {USED_UP}")
         if (self._folder / "stop").exists():
             self._write()
             raise Stopped("setwise sweep stop was asked for")

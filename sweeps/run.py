@@ -21,7 +21,7 @@ from setwise.platform.errors import SetwiseError
 from setwise.platform.run import Run
 from setwise.platform.tracking import Courier, Tracker
 from setwise.sweeps import analysis, deck, earlier, report, study_run
-from setwise.sweeps.limits import Limits, Stopped, forget_stop
+from setwise.sweeps.limits import USED_UP, Limits, Stopped, forget_stop
 from setwise.sweeps.report import Outcome, TrialTable
 from setwise.sweeps.space import Study, default_values
 from setwise.sweeps.trial import ended_for_memory, settings_of, train_trial
@@ -94,9 +94,9 @@ def run_study(
             study_run.end(parent, spec, outcome)
             try:
                 analysis.write(study, spec, name, store)
-                if spec.variants and stopped is None:
+                if spec.variants and (stopped is None or stopped.endswith(USED_UP)):
                     say(f"the deck of the study: {deck.write(study, spec, name, store, say)}")
-                elif spec.variants:  # measuring takes its time, which a study that was stopped has not
+                elif spec.variants:  # measuring takes its time, and somebody wants it to stop, or it only fails
                     say(f"the deck of what there is: setwise sweep analyze {name}")
             except Exception as error:  # a page that cannot be written takes no result away
                 say(f"the page of the study was not written: {error}")

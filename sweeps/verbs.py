@@ -121,7 +121,7 @@ def run(
         raise
     report.show_outcome(outcome, results)
     if outcome.stopped is not None:
-        more = ", with a larger limit" if outcome.stopped.endswith("is used up") else ""
+        more = ", with a larger limit" if outcome.stopped.endswith(limits.USED_UP) else ""
         say(f"stopped: {outcome.stopped}. Nothing is lost. To go on{more}: {again}")
     if outcome.best is not None:
         say(f"next: setwise sweep analyze {title}    setwise eval best:{title}    setwise promote best:{title}")

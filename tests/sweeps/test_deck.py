@@ -536,7 +536,7 @@ class Stops:
         raise self.how
 
 
-@pytest.mark.parametrize("how", ["max_hours=1 is used up", KeyboardInterrupt()])
+@pytest.mark.parametrize("how", ["max_hours=1 is used up", "setwise sweep stop was asked for", KeyboardInterrupt()])
 def test_the_deck_of_a_study_that_never_ends_can_be_written(
     how: str | KeyboardInterrupt, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -555,7 +555,8 @@ def test_the_deck_of_a_study_that_never_ends_can_be_written(
     found = deck.collect(study, recorded, "endless", tmp_path, quiet)
     assert found.settings == spec.deck and len(found.judged) == 5
     advice = [one for one in said if "setwise sweep analyze endless" in one]
-    assert len(advice) == isinstance(how, str)  # after Ctrl-C nothing takes its time any more
+    assert len(advice) == (how == "setwise sweep stop was asked for")  # after Ctrl-C nothing takes its time any more
+    assert (tmp_path / "studies" / "endless" / deck.PAGE).is_file() == (how == "max_hours=1 is used up")
 
 
 @pytest.mark.ray
