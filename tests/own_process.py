@@ -1,7 +1,7 @@
 """Tests marked `driver` connect to Ray themselves. They run apart, one process a file.
 
 When Ray's node dies, Ray ends the process that is connected to it, without an exception: that would end all tests.
-In a debugger they run here: SETWISE_TEST_REPORTS=/dev/null pytest --pdb FILE.
+With SETWISE_TEST_REPORTS=/dev/null they run here, as a debugger needs it.
 """
 
 from __future__ import annotations
