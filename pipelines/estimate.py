@@ -332,9 +332,12 @@ def _checkpoint_bytes(recipe: Recipe, counted: Footprint, inputs: Inputs) -> flo
     return tensors + 16 * inputs.vocabulary + 800 * recipe.train.epochs
 
 
-def settled(recipe: Recipe, on: str, store: Path) -> Recipe:
+def settled(recipe: Recipe, on: str, store: Path, sharing: int = 1) -> Recipe:
     """`recipe`, loaded on preset `on`, as it is to be trained there; unchanged if its parts cannot be counted, which
     those of a retriever alone can.
+
+    Args:
+        sharing: trainings of one worker that share a GPU.
 
     Raises:
         ConfigError: it does not fit, and the recipe does not insist on how many images are encoded at a time.
@@ -343,12 +346,15 @@ def settled(recipe: Recipe, on: str, store: Path) -> Recipe:
     if not isinstance(recipe.model, ModelConfig):
         return recipe
     of, preset = sizes(recipe, store), hardware.load(on)[0]
+    if sharing > 1 and preset.accelerators and recipe.train.workers == 1:
+        preset = preset.model_copy(update={"memory_gib": preset.memory_gib / sharing})
     found = estimate(fitted(recipe, of, preset), of, preset)
     if not found.fits and recipe.train.micro_batch is None:
         needed = max(found.memory.total, found.embedding_bytes) / GIB
+        shared = "" if sharing == 1 else f", where {sharing} trials share a GPU (trials_per_gpu)"
         pieces = ", set model.image_encoder.frozen_batch_norm so that it can run in pieces" if _is_whole(recipe) else ""
         raise ConfigError(
-            f"this does not fit '{on}': a worker needs {needed:.1f} GiB, and {usable(preset) / GIB:.1f} of a device's "
+            f"this does not fit '{on}'{shared}: a worker needs {needed:.1f} GiB, and {usable(preset) / GIB:.1f} of "
             f"{preset.memory_gib:g} GiB may be used. Name another preset (setwise train ... --dry-run shows what each "
             f"takes){pieces}, or set train.micro_batch to try all the same."
         )

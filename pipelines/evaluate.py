@@ -92,7 +92,7 @@ def evaluate(
             inputs[name]["ratings"] = crisscrossed.fingerprints(cxc)
     done: dict[str, Outcome] = {}
     for name in wanted:
-        before = _still_true(run, _kept_as(name, ties), inputs[name]) if run is not None else None
+        before = still_true(run, _kept_as(name, ties), inputs[name]) if run is not None else None
         if before is not None:
             done[name] = before
     missing = {name: kind for name, kind in wanted.items() if name not in done}
@@ -267,7 +267,7 @@ def ranks(run: Run, benchmark: str) -> dict[str, QueryRanks]:
     return {direction: QueryRanks(**kept) for direction, kept in found.items()}
 
 
-def _still_true(run: Run, benchmark: str, measured_on: dict[str, Any]) -> Outcome | None:
+def still_true(run: Run, benchmark: str, measured_on: dict[str, Any]) -> Outcome | None:
     """A recorded outcome, if it was measured on just this and its ranks are there."""
     content = _kept(run.evaluation / f"{benchmark}.json")
     if content is None or any(key not in content or content[key] != value for key, value in measured_on.items()):

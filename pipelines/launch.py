@@ -78,8 +78,7 @@ def _before(recipe: Recipe, store: Path) -> Plan | None:
     first = pretraining.recipe_before(recipe)
     if first is None or recipe.pretraining is None:
         return None
-    planned = plan(recipe.pretraining.recipe, first, None, store)
-    return replace(planned, recipe=pretraining.as_begun(Run(store / "runs" / planned.name), first))
+    return plan(recipe.pretraining.recipe, first, None, store)
 
 
 def plans(recipe_name: str, recipe: Recipe, name: str | None, seeds: int | None, store: Path) -> list[Plan]:
@@ -132,28 +131,25 @@ def execute(planned: Sequence[Plan], tracker: Tracker, say: Say) -> list[Run]:
 def _train(plan: Plan, tracker: Tracker, connect: Callable[[], None], say: Say, shared: bool = False) -> Run:
     """One training, after the one that comes before it. Where it is `shared`, whoever else is at work on it is waited
     for."""
-    training = Run(plan.store / "runs" / plan.name)
+    what, training = f"run '{plan.name}'", Run(plan.store / "runs" / plan.name)
+    written = config.to_yaml(plan.recipe)
     if shared:
         restored = pretraining.brought(training, plan.store)
-        plan = replace(plan, recipe=pretraining.as_begun(training, plan.recipe))
+        written = pretraining.written(training, plan.recipe)
     else:
-        restored = run_mirror.restore_record(training, plan.store, config.to_yaml(plan.recipe))
+        restored = run_mirror.restore_record(training, plan.store, written)
     if restored:
-        say(f"run '{plan.name}' was begun elsewhere, and goes on with what the mirror has of it")
-    before = None
-    if plan.before is not None and not pretraining.is_behind(training):
-        before = _train(plan.before, tracker, connect, say, shared=True)
-    training = run.create(plan.store / "runs", plan.name, config.to_yaml(plan.recipe), plan.experiment)
-    what = f"run '{plan.name}'"
+        say(f"{what} was begun elsewhere, and goes on with what the mirror has of it")
+    training = run.create(plan.store / "runs", plan.name, written, plan.experiment)
     own = pretraining.turn(training, say) if shared else storage.lease(training.folder / "lease", what)
     with own, Courier(tracker) as courier:
+        if plan.before is not None and not pretraining.is_behind(training):
+            pretraining.adopt(training, _train(plan.before, tracker, connect, say, shared=True))
         courier.add(training)
         if records.ended(training):
             say(f"{what} is complete already")
             return training
         storage.check_writable(training.folder)
-        if before is not None:
-            pretraining.adopt(training, before)
         connect()
         newest = max(worker_group.checkpoints(training), default=None)
         onward = f", from {newest} on" if newest is not None else ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -82,9 +83,31 @@ def brought(before: Run, store: Path) -> bool:
     return run_mirror.restore_record(before, store, config_yaml=None)
 
 
-def as_begun(before: Run, first: Recipe) -> Recipe:
-    """The recipe with which a pre-training goes on: the one it was begun with, on as many workers as then."""
-    return recipes.load(str(before.config)) if before.config.is_file() else first
+def written(before: Run, first: Recipe) -> str:
+    """The configuration of a pre-training's run: that which it was begun with, perhaps to be computed elsewhere. Which
+    machines it goes on with is for `first` to say."""
+    return before.config.read_text() if before.config.is_file() else config.to_yaml(first)
+
+
+@contextlib.contextmanager
+def stopping_with(training: Run, before: Run) -> Iterator[None]:
+    """While the block trains `before`, who asks `training` to stop asks it too."""
+    before.stop.unlink(missing_ok=True)
+    ended = threading.Event()
+
+    def pass_on() -> None:
+        while not ended.wait(LOOK_S):
+            if training.stop.exists():
+                before.stop.touch()
+                return
+
+    thread = threading.Thread(target=pass_on, name="stopping", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def is_behind(training: Run) -> bool:

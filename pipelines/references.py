@@ -61,8 +61,8 @@ def resolve(text: str, store: Path, tracker: Tracker) -> Reference:
         return Reference(text, Path(text), owner if owner.config.is_file() else None)
     seeds = find_seeds(text, store)
     found = _one_of(seeds)
-    chosen = len(seeds) > 1 and found.name != configuration(found.name)
-    label = f"{found.name} (the best of {len(seeds)} seeds)" if chosen else found.name
+    is_chosen = len(seeds) > 1 and _of_its_own_name(seeds) is None
+    label = f"{found.name} (the best of {len(seeds)} seeds)" if is_chosen else found.name
     return Reference(label, found.best_checkpoint(), found)
 
 
@@ -129,7 +129,8 @@ def find_seeds(text: str, store: Path) -> list[Run]:
 
 
 def _of_variant(text: str, trials: list[Run]) -> list[Run]:
-    """Those of a study's trials that trained the variant that `text` names behind its colon."""
+    """Those of a study's trials that trained the variant that `text` names behind its colon; of those that failed none,
+    unless all did."""
     by_variant: dict[str, list[Run]] = {}
     for trial in trials:
         if (variant := variant_of(trial)) is not None:
@@ -137,7 +138,7 @@ def _of_variant(text: str, trials: list[Run]) -> list[Run]:
     study, _, name = text.partition(":")
     if name not in by_variant:
         raise config.no_such("variant", name, list(by_variant), f" in study '{study}'")
-    return by_variant[name]
+    return [trial for trial in by_variant[name] if trial.status != "FAILED"] or by_variant[name]
 
 
 def variant_of(training: Run) -> str | None:
@@ -210,11 +211,17 @@ def best_value(run: Run) -> float | None:
 
 
 def _one_of(seeds: list[Run]) -> Run:
-    """Where one is wanted: the run that has the configuration's own name, or else the best by validation."""
+    """Where one is wanted: the run that has the configuration's own name, or else the best by validation, of those that
+    have ended if any has."""
+    ended = [run for run in seeds if run.status == "FINISHED"] or seeds
+    best = max(ended, key=lambda run: -1 if (value := best_value(run)) is None else value)
+    return _of_its_own_name(seeds) or best
+
+
+def _of_its_own_name(seeds: list[Run]) -> Run | None:
+    """The one run that is called as its configuration is; trials of one variant all are."""
     own = [run for run in seeds if run.name == configuration(run.name)]
-    if len(own) == 1:
-        return own[0]
-    return max(seeds, key=lambda run: -1 if (value := best_value(run)) is None else value)
+    return own[0] if len(own) == 1 else None
 
 
 def _mlflow_id(run: Run) -> str:

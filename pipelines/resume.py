@@ -93,10 +93,7 @@ def restore(
     """Load weights and the states of optimizer and scaler from a checkpoint, and say how far it had come."""
     system.load_state_dict(checkpoint.weights(folder))
     saved = checkpoint.training_state(folder)
-    optimizer.load_state_dict(saved["optimizer"])
-    if "fused" in optimizer.defaults:
-        for group in optimizer.param_groups:
-            group["fused"] = optimizer.defaults["fused"]  # as this device has it, wherever the run began
+    load_optimizer(optimizer, saved["optimizer"])
     scaler.load_state_dict(saved["scaler"])
     within = saved["within"]
     return Progress(
@@ -107,6 +104,19 @@ def restore(
         epoch_seconds=within["epoch_seconds"],
         seconds=within["seconds"],
     )
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load its state as this device has it, wherever the run began: a fused kernel wants the count of steps beside the
+    weights, and all that it keeps of a weight in that weight's memory format."""
+    if "fused" in optimizer.defaults:
+        for group in saved["param_groups"]:
+            group["fused"] = optimizer.defaults["fused"]
+    optimizer.load_state_dict(saved)
+    for weight, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
+                kept[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def check_data(folder: Path, prepared: Prepared, run: Run) -> None:

@@ -56,6 +56,7 @@ def connect(cpus: int | None = None, object_store_bytes: int = 512 * 2**20) -> I
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
     import ray
+    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         yield
@@ -67,6 +68,11 @@ def connect(cpus: int | None = None, object_store_bytes: int = 512 * 2**20) -> I
     try:
         _check_answers(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except AuthenticationError as error:
+        raise UnreachableError(
+            f"the Ray cluster at {address} asks for a token that is not here. Put the cluster's into ~/.ray/auth_token "
+            "(chmod 600), or name its file in RAY_AUTH_TOKEN_PATH"
+        ) from error
     except (OSError, RuntimeError) as error:
         raise UnreachableError(f"no Ray cluster at {address}: {error}") from error
     try:

@@ -94,10 +94,10 @@ def _watched() -> Iterator[None]:
             return
         how = f"exit code {death.si_status}"
         if death.si_code != os.CLD_EXITED:
-            how = f"ended by {signal.Signals(death.si_status).name}"
+            how = f"ended by signal {death.si_status}, {signal.strsignal(death.si_status)}"
         told = (
             f"Ray's node on this machine died ({how}; its logs are in {node.get_logs_dir_path()}). "
-            "Nothing that was done is lost: the same command goes on"
+            "The same command goes on; what came after the newest checkpoint is done again"
         )
         print("error:", told, file=sys.stderr, flush=True)  # noqa: T201
         os._exit(UnreachableError.exit_code)
@@ -129,12 +129,16 @@ def _private_token() -> None:
     """Make Ray's token file ourselves, readable by its owner alone: Ray would leave it readable by everybody."""
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return
-    path = Path.home() / ".ray" / "auth_token"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or none that can be written: Ray says so
+        path = Path.home() / ".ray" / "auth_token"
         path.parent.mkdir(mode=0o700, exist_ok=True)
         if not path.exists():
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as stream:
+            whole = path.with_name(f".{path.name}-{os.getpid()}")
+            with os.fdopen(os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
                 stream.write(secrets.token_hex(32))
-        elif path.stat().st_mode & 0o077 and path.owner() == Path.home().owner():
+            try:
+                os.link(whole, path)  # at once, and never over that of a command that was faster
+            finally:
+                whole.unlink()
+        elif path.stat().st_mode & 0o077 and path.stat().st_uid == os.getuid():
             path.chmod(0o600)

@@ -163,8 +163,8 @@ def collect(study: optuna.Study, spec: Study, name: str, store: Path, say: Say) 
         training = references.trial_run(name, row.number, store)
         try:
             one = deck_measure.measure(training, variant, seed, store, settings.images)
-        except (SetwiseError, OSError) as error:
-            missing.append((called, f"it cannot be measured: {error}"))
+        except Exception as error:  # whatever is wrong with one, the others are shown
+            missing.append((called, f"it cannot be measured: {in_words(error)}"))
         else:
             measured.setdefault(variant, []).append(one)
     begun = {str(row.settings.get(VARIANT)) for row in rows}
@@ -187,6 +187,11 @@ def collect(study: optuna.Study, spec: Study, name: str, store: Path, say: Say) 
         judged=tuple(deck_claims.judge(claim, measured, speed) for claim in settings.claims),
         autoencoders=tuple(_autoencoders(store, next(iter(spec.variants.values())).trained.data.name)),
     )
+
+
+def in_words(error: Exception) -> str:
+    """Of an error that nobody foresaw also its kind."""
+    return str(error) if isinstance(error, SetwiseError | OSError) else f"{type(error).__name__}: {error}"
 
 
 def _why(row: Row) -> str:
@@ -253,17 +258,15 @@ def _speed(
     say: Say,
 ) -> Speed | None:
     """Times of the variants that were asked for, each by its first training; None if there is none of them."""
-    models = {}
-    for variant in settings.timed:
-        if trainings := measured.get(variant):
-            models[variant] = trained_model.load(trainings[0].run.best_checkpoint())
-    if not models:
+    first = {variant: trainings[0] for variant in settings.timed if (trainings := measured.get(variant))}
+    if not first:
         return None
-    say(f"the deck: timing queries of {', '.join(models)}")
+    say(f"the deck: timing queries of {', '.join(first)}")
     try:
+        models = {variant: trained_model.load(one.run.best_checkpoint()) for variant, one in first.items()}
         return deck_speed.measured(models, store, store / "studies" / name)
-    except (SetwiseError, OSError) as error:
-        missing.append(("query times", str(error)))
+    except Exception as error:
+        missing.append(("query times", in_words(error)))
         return None
 
 

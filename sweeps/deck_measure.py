@@ -177,10 +177,8 @@ def _on_first(training: Run, model: TrainedModel, prepared: Prepared, images: in
     dataset = model.recipe.data.name
     name = f"{dataset}_first_{images}"
     measured_on = {"weights": model.digest, "data": prepared.fingerprint}
-    for before in evaluate.recorded(training):
-        kept = storage.read_json(training.evaluation / f"{before.benchmark}.json")
-        if before.benchmark == name and all(kept.get(key) == value for key, value in measured_on.items()):
-            return evaluate.with_queries(training, before)
+    if (before := evaluate.still_true(training, name, measured_on)) is not None:
+        return before
     split = index.open_split(model, prepared, SPLIT)
     sets = first(model, split, images)
     member = ranking.member(sets.image_sets, sets.text_sets, model.retrieval.similarity, model.device)

@@ -18,7 +18,7 @@ from setwise.pipelines import attention, index, page, prepare, trained_model
 from setwise.pipelines.cards import data_uri
 from setwise.pipelines.tables import metric_name
 from setwise.sweeps import deck_measure
-from setwise.sweeps.deck import RECALLS, Found, Standing, values_of, varied
+from setwise.sweeps.deck import RECALLS, Found, Standing, in_words, values_of, varied
 from setwise.sweeps.plots import Figure, said
 from setwise.sweeps.report import short
 from setwise.sweeps.variants import SYSTEMS
@@ -55,7 +55,10 @@ def render(found: Found, store: Path) -> str:
     from plotly.offline import get_plotlyjs
 
     figures = _figures(found)
-    reads, whose, why_not = _attention(found, store)
+    try:
+        reads, whose, why_not = _attention(found, store)
+    except Exception as error:  # no picture is worth the page
+        reads, whose, why_not = [], "", f"it cannot be drawn: {in_words(error)}"
     return page.render(
         "deck.html",
         folder=PAGES,

@@ -54,8 +54,11 @@ def _hours(spec: Study, base: Recipe, store: Path, on: str | None) -> str:
     each = (estimate.estimate(*one, preset).seconds or 0.0 for one in zip(recipes, of, strict=True))
     seconds = sum(each) * spec.trials / len(recipes)
     at_once = max(1, preset.count // base.train.workers)
-    trials = "1 trial" if at_once == 1 else f"{at_once} trials"
+    sharing = spec.trials_per_gpu if preset.accelerators and base.train.workers == 1 else 1
+    running = at_once * sharing
+    trials = "1 trial" if running == 1 else f"{running} trials"
+    told = f", {sharing} on a GPU" if sharing > 1 else ""
     return (
-        f"at most {duration(seconds / at_once)} on {on}, {trials} at a time, none stopped early "
+        f"at most {duration(seconds / at_once)} on {on}, {trials} at a time{told}, none stopped early "
         "(predicted, see setwise train --dry-run)"
     )

@@ -12,6 +12,7 @@ from typing import Any
 from setwise.pipelines import records, references
 from setwise.pipelines.prepare import Prepared
 from setwise.pipelines.recipe import Recipe
+from setwise.pipelines.references import VARIANT
 from setwise.pipelines.tables import plain
 from setwise.platform import config, run, storage
 from setwise.platform.errors import ConfigError
@@ -88,7 +89,7 @@ def description(spec: Study, outcome: Outcome) -> str:
     assert best is not None, "end() has checked this"
     values = config.flatten(config.read_yaml(best.config).values)
     if spec.variants:
-        values = spec.grid()[int(best.name.rpartition("-")[2])]  # a recipe does not know its variant's name
+        values |= {VARIANT: references.variant_of(best)}  # of which a recipe knows nothing
     shares = outcome.importance.shares
     rows = [
         f"| `{setting}` | {_domain(spec, setting)} | {plain(values.get(setting))} "

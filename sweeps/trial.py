@@ -12,7 +12,7 @@ import math
 import os
 import re
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,8 +130,9 @@ def ended_for_memory(error: Exception, trainings: Sequence[Run]) -> list[Run]:
 
 def _train(recipe: Recipe, training: Run, store: Path, report: Any, copy: Copy | None) -> None:
     training.stop.unlink(missing_ok=True)
-    _pretrain(recipe, training, store)
-    _loop(recipe, training, store, report, lambda: False, copy)
+    with run.writing(training):  # for whose end a sweep waits that is stopped
+        _pretrain(recipe, training, store)
+    _loop(recipe, training, store, report, copy)
 
 
 def _pretrain(recipe: Recipe, training: Run, store: Path) -> None:
@@ -143,21 +144,18 @@ def _pretrain(recipe: Recipe, training: Run, store: Path) -> None:
     if first is None or before is None or recipe.pretraining is None or pretraining.is_behind(training):
         return
     pretraining.brought(before, store)
-    first = pretraining.as_begun(before, first)
     experiment = Path(recipe.pretraining.recipe).stem
-    run.create(store / "runs", before.name, configuration.to_yaml(first), experiment)
+    run.create(store / "runs", before.name, pretraining.written(before, first), experiment)
     with pretraining.turn(before, log.warning, training.stop.exists):
         if not records.ended(before):
-            before.stop.unlink(missing_ok=True)
-            _loop(first, before, store, lambda values: None, training.stop.exists)
+            with pretraining.stopping_with(training, before):
+                _loop(first, before, store, lambda values: None)
             records.end(before, "FINISHED")
             run_mirror.send(before, store)
     pretraining.adopt(training, before)
 
 
-def _loop(
-    recipe: Recipe, training: Run, store: Path, report: Any, notice: Callable[[], bool], copy: Copy | None = None
-) -> None:
+def _loop(recipe: Recipe, training: Run, store: Path, report: Any, copy: Copy | None = None) -> None:
     from setwise.pipelines import train, trained_model, worker_group
     from setwise.pipelines.workers import Worker
     from setwise.sweeps import population
@@ -167,7 +165,7 @@ def _loop(
             if copy is not None:
                 population.take_over(training, references.trial_run(training.experiment, copy.donor, store), copy)
             worker = Worker(device=trained_model.default_device())
-            train.train(recipe, training, store, worker, report, notice=notice, kept=kept)
+            train.train(recipe, training, store, worker, report, kept=kept)
     else:
         worker_group.train_with_ray(recipe, training, store, on_epoch=report)
 

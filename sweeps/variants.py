@@ -110,7 +110,13 @@ def resolved(study: Study, source: Layer, preset: Layer, fixed: Layer) -> dict[s
     Raises:
         ConfigError: with all mistakes in all variants.
     """
+    # By dotted names, however they were written.
     overrides = config.flatten(fixed.values)
+    variants = {
+        name: one.model_copy(update={"overrides": config.flatten(one.overrides)})
+        for name, one in study.variants.items()
+    }
+    study = study.model_copy(update={"variants": variants})
     written: list[tuple[Keys, Mapping[str, Any]]] = [(("overrides",), overrides)]
     written += [(("variants", name, "overrides"), one.overrides) for name, one in study.variants.items()]
     for section, given in written:

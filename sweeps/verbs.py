@@ -96,8 +96,8 @@ def run(
     if on is not None:
         from setwise.pipelines import estimate
 
-        base = estimate.settled(base, on, folder)
-        spec = spec.changed(lambda recipe: estimate.settled(recipe, on, folder))
+        base = estimate.settled(base, on, folder, spec.trials_per_gpu)
+        spec = spec.changed(lambda recipe: estimate.settled(recipe, on, folder, spec.trials_per_gpu))
     if spec.population is not None:
         from setwise.sweeps import population
 

@@ -59,8 +59,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             stream.write(json.dumps(report._to_json()) + "\n")
 
 
-def read_report(line: str) -> pytest.TestReport:
-    report = json.loads(line)
+def read_report(line: str) -> pytest.TestReport | None:
+    """None of a line that the process did not come to end."""
+    try:
+        report = json.loads(line)
+    except ValueError:
+        return None
     if isinstance(report["longrepr"], list):  # of a skipped test pytest expects a tuple
         report["longrepr"] = tuple(report["longrepr"])
     return pytest.TestReport._from_json(report)
@@ -85,7 +89,8 @@ def run_apart(items: list[pytest.Item]) -> Reports:
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-            reports = [read_report(line) for line in file.read_text().splitlines()]
+            lines = file.read_text().splitlines()
+            reports = [report for line in lines if (report := read_report(line)) is not None]
         whole = {report.nodeid for report in reports if report.when == "teardown"}
         known |= {name: [report for report in reports if report.nodeid == name] for name in whole}
         left = {name: item for name, item in left.items() if name not in known}

@@ -101,6 +101,14 @@ def test_images_are_embedded_in_smaller_batches_where_memory_is_short() -> None:
     assert estimate.estimate(fitted, of, machine(4)).embedding_bytes < 0.9 * 4 * GIB
 
 
+def test_trials_that_share_a_gpu_share_its_memory() -> None:
+    settings = hardware.load_recipe("coco_resnet152_bigru", on="rtx3090x1")
+    alone, shared = (estimate.settled(settings, "rtx3090x1", NOWHERE, sharing).train.micro_batch for sharing in (1, 2))
+    assert alone is None and shared is not None and shared < settings.train.batch_size
+    several = hardware.load_recipe("coco_resnet152_bigru", ["train.workers=2"], on="rtx3090x4")
+    assert estimate.settled(several, "rtx3090x4", NOWHERE, 2) == estimate.settled(several, "rtx3090x4", NOWHERE)
+
+
 def test_what_fits_in_no_way_is_refused_unless_the_recipe_insists(tmp_path: Path) -> None:
     on = tmp_path / "small.yaml"
     on.write_text(

@@ -195,6 +195,54 @@ def test_killed_in_the_first_it_goes_on_there(own: Path, trained: list[str], mon
     assert steps == [1, 2] and trained == [before.name, before.name, "main"]
 
 
+def test_it_goes_on_with_the_workers_that_are_there_now(
+    own: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many began it is in its record, and no part of what it learns."""
+    here = worker_group.train_with_ray
+    workers: list[int] = []
+
+    def killed_once(settings: Recipe, training: Run, store: Path, on_epoch: Callable[..., None]) -> None:
+        workers.append(settings.train.workers)
+        if len(workers) == 1:
+            raise KilledError
+        here(settings, training, store, on_epoch=on_epoch)
+
+    monkeypatch.setattr(worker_group, "train_with_ray", killed_once)
+    with pytest.raises(KilledError):
+        go(own, retriever(own, "train.workers=2"), "first")
+    (before,) = (own / "runs").glob("small_captioner-*")
+    written = (before / "config.yaml").read_text()
+    go(own, retriever(own), "second")
+    assert workers == [2, 1, 1] and trained == [before.name, "second"]
+    assert (before / "config.yaml").read_text() == written and "workers: 2" in written
+
+
+def test_a_name_that_is_taken_is_told_before_it_is_trained(own: Path, trained: list[str]) -> None:
+    run.create(own / "runs", "main", "data: {}\n", "tests")
+    with pytest.raises(ConfigError, match="exists with another configuration"):
+        go(own, retriever(own), "main")
+    busy = start(own, "busy", retriever(own))
+    with (
+        storage.lease(busy.folder / "lease", "run 'busy'"),
+        pytest.raises(storage.LeaseHeldError, match="run 'busy'"),
+    ):
+        go(own, retriever(own), "busy")
+    assert trained == []
+
+
+def test_who_stops_a_training_stops_what_comes_before_it(own: Path) -> None:
+    main, before = (start(own, name, retriever(own)) for name in ("main", "before"))
+    before.stop.touch()  # of another time
+    with pretraining.stopping_with(main, before):
+        assert not before.stop.exists()
+        main.stop.touch()
+        deadline = time.monotonic() + 30
+        while not before.stop.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert before.stop.exists()
+
+
 def test_whoever_comes_while_it_is_trained_waits_and_then_finds_it(own: Path, trained: list[str]) -> None:
     settings = retriever(own)
     planned = launch.plan("tiny", settings, "main", own)
@@ -231,12 +279,22 @@ def test_a_trial_of_a_sweep_does_it_in_its_process_and_the_next_one_finds_it(
     from ray import tune
 
     reported: list[dict[str, Any]] = []
+    writers: list[str] = []
+    pretrain = trial._pretrain
+
+    def watched(recipe: Recipe, training: Run, store: Path) -> None:
+        if storage.lease_owner(training.folder / "writer.lease") is not None:
+            writers.append(training.name)
+        pretrain(recipe, training, store)
+
+    monkeypatch.setattr(trial, "_pretrain", watched)
     monkeypatch.setattr(tune, "report", reported.append)
     run.create(own / "studies", "mine", "a study\n", "mine")
     settings = trial.settings_of("mine", retriever(own), own, ("val/rsum",), population=False)
     for number, alpha in ((0, 8.0), (1, 4.0)):
         trial.train_trial({"trial": number, "values": {"similarity.alpha": alpha}}, settings)
     assert [one["epoch"] for one in reported] == [1, 1] and all(one["rsum"] > 0 for one in reported)
+    assert writers == ["mine-000", "mine-001"], "for which a sweep waits that is stopped"
     (before,) = (own / "runs").glob("small_captioner-*")
     assert records.ended(Run(before))
     for number in (0, 1):

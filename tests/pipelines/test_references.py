@@ -286,3 +286,23 @@ def test_the_best_of_variants_is_the_best_mean_over_seeds(store: Path) -> None:
         Outbox(trial.events).append({"kind": "params", "values": {"variant": variant}})
     assert [run.name for run in references.find_seeds("best:deck", store)] == ["deck-001", "deck-004"]
     assert references.find_run("best:deck", store).name == "deck-001"
+
+
+def test_a_trial_that_failed_is_no_seed_of_its_variant(store: Path) -> None:
+    """However high it came before; and one that has not ended is chosen only where none has."""
+    for number, (variant, value) in enumerate((("vse", 100.0), ("vse", 150.0), ("vse", 90.0), ("dive", 80.0))):
+        trial = make(store, f"deck-{number:03d}", value)
+        Outbox(trial.events).append({"kind": "params", "values": {"variant": variant}})
+    end(references.trial_run("deck", 1, store), "FAILED")
+    for text in ("best:deck", "deck:vse"):
+        assert [run.name for run in references.find_seeds(text, store)] == ["deck-000", "deck-002"]
+        assert references.find_run(text, store).name == "deck-000"
+    nobody: Any = Tracker(1)
+    assert references.resolve("deck:vse", store, nobody).label == "deck-000 (the best of 2 seeds)"
+    assert references.resolve("deck:dive", store, nobody).label == "deck-003"
+    running = make(store, "deck-004", 200.0)
+    storage.write_bytes(running.events, b"")
+    Outbox(running.events).append({"kind": "params", "values": {"variant": "vse"}})
+    assert references.find_run("deck:vse", store).name == "deck-000"
+    end(references.trial_run("deck", 3, store), "FAILED")
+    assert [run.name for run in references.find_seeds("deck:dive", store)] == ["deck-003"], "all of them failed"

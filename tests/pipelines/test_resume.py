@@ -221,3 +221,23 @@ def test_a_loss_that_is_not_finite_is_kept_by_no_checkpoint(
         "epoch_0000_step_000001",
         "epoch_0000_step_000002",
     ]
+
+
+def test_an_optimizer_s_state_goes_to_another_kind_of_device_in_the_form_that_is_wanted_there() -> None:
+    """As a run that was begun on a CPU has it on a GPU: channels last, with a fused kernel."""
+    here = torch.nn.Parameter(torch.randn(4, 3, 2, 2))
+    first = torch.optim.AdamW([here])
+    here.grad = torch.randn_like(here)
+    first.step()
+    there = torch.nn.Parameter(here.detach().clone(memory_format=torch.channels_last))
+    second = torch.optim.AdamW([there])
+    resume.load_optimizer(second, first.state_dict())
+    assert second.state[there]["exp_avg"].stride() == there.stride() != here.stride()
+    assert torch.equal(second.state[there]["exp_avg"], first.state[here]["exp_avg"])
+
+    far = torch.nn.Parameter(torch.empty(4, 3, 2, 2, device="meta"))
+    fused = torch.optim.AdamW([far])
+    fused.defaults["fused"] = True  # which torch allows on devices that have such a kernel
+    resume.load_optimizer(fused, first.state_dict())
+    assert fused.param_groups[0]["fused"] is True
+    assert {value.device.type for value in fused.state[far].values()} == {"meta"}

@@ -32,6 +32,20 @@ def test_a_cluster_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyP
         pass
 
 
+def test_a_cluster_that_wants_a_token_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise ray.exceptions.AuthenticationError("a long text of Ray's")
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(cluster, "_check_answers", lambda address: None)
+    monkeypatch.setattr(ray, "init", refuse)
+    with (
+        pytest.raises(UnreachableError, match=r"10\.0\.0\.1:6379 asks for a token that is not here"),
+        cluster.connect(),
+    ):
+        pass
+
+
 def test_the_labels_of_ray_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     alive = {"Alive": True, "NodeManagerAddress": "b", "Resources": {"CPU": 8.0, "GPU": 2.0, "memory": 2.0**33}}
     labels = {"ray.io/accelerator-type": "A100", "ray.io/node-group": "big"}

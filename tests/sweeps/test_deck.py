@@ -241,6 +241,13 @@ def test_what_was_measured_once_is_read_and_other_weights_are_measured_anew(
     assert not counted and again.outcome.values == first.outcome.values
     copied = Run(tmp_path / "copied")
     shutil.copytree(made.training(0).folder, copied.folder)
+    for kept in copied.evaluation.glob("*.safetensors"):
+        kept.write_bytes(b"torn")
+    mended = deck_measure.measure(copied, "vector", 0, made.store, 30)
+    assert counted == [30] and mended.outcome.values == first.outcome.values
+    counted.clear()
+    shutil.rmtree(copied.folder)
+    shutil.copytree(made.training(0).folder, copied.folder)
     shutil.copytree(made.training(1).checkpoints, copied.checkpoints, dirs_exist_ok=True)
     other = deck_measure.measure(copied, "dive", 0, made.store, 30)
     assert counted == [30] and other.outcome.values != first.outcome.values
@@ -442,6 +449,30 @@ def test_a_damaged_checkpoint_costs_its_own_row_alone(made: Made, tmp_path: Path
     assert "decked-007" in page.read_text()
 
 
+@pytest.mark.usefixtures("quick")
+def test_an_error_that_nobody_foresaw_takes_no_other_row_away(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(made.store, store, symlinks=True)
+    measure = deck_measure.measure
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    def measured(training: Run, *more: Any) -> Measured:
+        return fail() if training.name == "decked-000" else measure(training, *more)  # type: ignore[return-value]
+
+    monkeypatch.setattr(deck_measure, "measure", measured)
+    monkeypatch.setattr(deck_page, "_attention", fail)
+    monkeypatch.setattr(deck_speed, "measured", fail)
+    page = deck.write(made.study, made.spec, "decked", store, quiet)
+    missing = json.loads(page.with_name(deck.DATA).read_text())["missing"]
+    assert {"what": "query times", "reason": "RuntimeError: CUDA out of memory"} in missing
+    assert "it cannot be measured: RuntimeError: CUDA out of memory" in [one["reason"] for one in missing]
+    assert "it cannot be drawn: RuntimeError: CUDA out of memory" in page.read_text()
+
+
 def test_a_study_of_failures_alone_has_a_page_too(made: Made, tmp_path: Path) -> None:
     store = tmp_path / "store"
     (store / "studies" / "decked").mkdir(parents=True)
@@ -489,7 +520,7 @@ def test_a_study_of_variants_is_read_back_from_its_own_record(made: Made) -> Non
     assert recorded.spec.recipe_of(recorded.base, recorded.spec.grid()[2]).similarity.kind == "mil"
 
 
-def test_tables_and_notes_name_variants(made: Made) -> None:
+def test_tables_and_notes_name_variants(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     found = analysis.of(made.study, made.spec, "decked", made.store)
     assert [row.settings["variant"] for row in found.rows][:4] == ["vector", "dive", "mil", "failing"]
     assert not found.advice and "vector" in analysis.render(found)
@@ -499,6 +530,8 @@ def test_tables_and_notes_name_variants(made: Made) -> None:
     note = study_run.description(made.spec, outcome)
     variant = made.spec.grid()[int(best.name[-3:])]["variant"]
     assert f"| {variant} |" in note and "5 variants, with 2 seeds each" in note
+    monkeypatch.setattr(Study, "grid", lambda study: pytest.fail("claims may have changed the order of trials since"))
+    assert study_run.description(made.spec, outcome) == note
 
 
 def test_a_comparison_names_variants_and_not_all_that_differs_between_systems(made: Made) -> None:

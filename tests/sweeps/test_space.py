@@ -426,6 +426,14 @@ def test_seeds_and_settings_are_the_study_s_own_and_one_variant_is_no_comparison
         load(tmp_path, HEAD + "deck: {images: 5}\nspace:\n  loss.margin: {uniform: [0.1, 0.3]}\n")
 
 
+def test_overrides_of_a_variant_may_be_nested(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"study.yaml:7:\d+: train.seed: variants are trained with the seeds"):
+        load(tmp_path, VARIANTS + "  z: {overrides: {train: {seed: 1}}}\n")
+    study, _ = load(tmp_path, VARIANTS + "  z: {overrides: {model.set_prediction: {num_slots: 2}}}\n")
+    assert study.variants["z"].overrides == {"model.set_prediction.num_slots": 2}
+    assert study.variants["z"].trained.retriever.set_prediction.num_slots == 2
+
+
 def test_claims_may_change_without_making_another_study(tmp_path: Path) -> None:
     first, _ = load(tmp_path, VARIANTS)
     second, _ = load(tmp_path, VARIANTS + "deck: {baseline: mil, claims: [{says: x, better: mil, than: plain}]}\n")
