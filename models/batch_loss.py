@@ -57,11 +57,9 @@ def batch_loss(
             any number of captions, or none.
 
     Raises:
-        ValueError: `owners` is not one index for each caption.
+        ValueError: `owners` is not one index for each caption, or a side has nothing.
     """
-    losses.check_owners(owners, len(texts.sets))
-    if not len(images.sets) or not len(texts.sets):
-        raise ValueError(f"{len(images.sets)} images and {len(texts.sets)} captions: there is nothing to compare")
+    losses.check_owners(owners, len(images.sets), len(texts.sets))
     parameters = [parameter for parameter in similarity.parameters() if parameter.requires_grad]
     slots_of_sides = (images.slots, texts.slots) if config.diversity_weight else ()
     inputs = (images.sets, texts.sets, *slots_of_sides, *parameters)

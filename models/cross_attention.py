@@ -193,12 +193,8 @@ def triplet_of_scores(scores: Tensor, owners: Tensor, config: TripletConfig, neg
         owners: (T,) int64: the index of the image that each caption belongs to.
 
     Raises:
-        ValueError: `owners` is not one index for each caption.
+        ValueError: `owners` is not one index for each caption, or a side has nothing.
     """
-    if owners.shape != scores.shape[1:]:
-        raise ValueError(
-            f"owners must be a vector, the index of an image for each of the {scores.shape[1]} captions; "
-            f"its shape is {tuple(owners.shape)}"
-        )
+    losses.check_owners(owners, *scores.shape)
     i2t, t2i = losses.triplet_of_owners(scores, owners, config.margin, negatives)
     return {"i2t": i2t, "t2i": t2i, "total": i2t + t2i}

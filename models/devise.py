@@ -97,16 +97,16 @@ def hinge_rank(images: SetEmbedding, texts: SetEmbedding, owners: Tensor, config
         `total` alone: an image against captions is the only direction. Float32 or better, whatever autocast says.
 
     Raises:
-        ValueError: `owners` is not one index for each caption.
+        ValueError: `owners` is not one index for each caption, or a side has nothing.
     """
-    check_owners(owners, len(texts.sets))
+    check_owners(owners, len(images.slots), len(texts.sets))
     image_IW, text_TW = images.slots[:, 0], texts.sets[:, 0]
     dtype = torch.promote_types(torch.promote_types(image_IW.dtype, text_TW.dtype), torch.float32)
     with torch.autocast(owners.device.type, enabled=False):
         scores_IT = image_IW.to(dtype) @ text_TW.to(dtype).T
         scores_TT = scores_IT[owners]  # of each caption's image
         hinge_TT = F.relu(config.margin + scores_TT - scores_TT.diagonal()[:, None])
-        loss = hinge_TT.masked_fill(owners[:, None] == owners, 0).sum() / max(len(owners), 1)
+        loss = hinge_TT.masked_fill(owners[:, None] == owners, 0).sum() / len(owners)
     return {"total": loss}
 
 

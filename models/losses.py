@@ -131,13 +131,15 @@ def gram_diversity(slots: Tensor) -> Tensor:
     return norm_B.sum() / (max(len(slots), 1) * size**2)
 
 
-def check_owners(owners: Tensor, captions: int) -> None:
-    """Raises ValueError if `owners` is not one index for each of so many captions."""
+def check_owners(owners: Tensor, images: int, captions: int) -> None:
+    """Raises ValueError if `owners` is not one index for each of so many captions, or if a side has nothing."""
     if owners.shape != (captions,):
         raise ValueError(
             f"owners must be a vector, the index of an image for each of the {captions} captions; "
             f"its shape is {tuple(owners.shape)}"
         )
+    if not images or not captions:
+        raise ValueError(f"{images} images and {captions} captions: there is nothing to compare")
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

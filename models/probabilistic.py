@@ -26,6 +26,7 @@ from setwise.models.config import GaussianConfig, GPOConfig, PIENetConfig
 from setwise.models.dropout import sample_normal
 from setwise.models.gpo import GPO, SortedPooling
 from setwise.models.loss_config import MatchingConfig, SoftContrastiveConfig
+from setwise.models.losses import check_owners
 from setwise.models.pie_net import MultiAttention, PIENet
 from setwise.models.set_prediction import Features, SetEmbedding
 from setwise.models.similarity import Similarity
@@ -145,8 +146,8 @@ def soft_contrastive(
 
     Each image with each caption costs -log(match probability) if the caption is its own, else -log(1 - match
     probability), the probability being the mean over pairs of draws. As in the authors' code these costs are added up,
-    and counted twice, once for each direction, and so is `kl`, a sum over items and dimensions. So the loss grows with
-    the batch, and the limit on the gradient's norm holds nearly always.
+    and counted twice, once for each direction; `kl` is a sum over the items and dimensions of both sides. So the loss
+    grows with the batch, and the limit on the gradient's norm holds nearly always.
 
     Differs from the authors' code: their sigmoid is that of twice the logit; their KL takes the mean of the draws for
     the mean and log sigma for the logarithm of the variance, and is here that of the distribution that is drawn from;
@@ -156,7 +157,11 @@ def soft_contrastive(
         images, texts: of I images and T captions, with `log_sigma`.
         owners: (T,) int64: the index of the image that each caption belongs to.
         similarity: of the kind `pcme`.
+
+    Raises:
+        ValueError: `owners` is not one index for each caption, or a side has nothing.
     """
+    check_owners(owners, len(images.sets), len(texts.sets))
     with torch.autocast(owners.device.type, enabled=False):
         image_sets, text_sets = _at_least_float32(images.sets), _at_least_float32(texts.sets)
         logits_of_an_image = image_sets.shape[1] * text_sets.shape[0] * text_sets.shape[1]
@@ -207,7 +212,11 @@ def matching(
         images, texts: of I images and T captions, with `log_sigma`.
         owners: (T,) int64: the index of the image that each caption belongs to.
         similarity: of the kind `csd`.
+
+    Raises:
+        ValueError: `owners` is not one index for each caption, or a side has nothing.
     """
+    check_owners(owners, len(images.sets), len(texts.sets))
     with torch.autocast(owners.device.type, enabled=False):
         score_IT = similarity(images.sets, texts.sets)
         mine_IT = (owners == torch.arange(len(score_IT), device=owners.device)[:, None]).to(score_IT.dtype)
@@ -252,10 +261,15 @@ def closeness_of_draws(image_sets: Tensor, text_sets: Tensor) -> Tensor:
     """Log of the mean of exp(-2 * squared distance) over all pairs of the draws (I,J,D) and (T,J,D) of both sides: the
     uniformity of Wang and Isola, "Understanding Contrastive Representation Learning", ICML 2020. At most 0.
 
-    The authors draw a part of the pairs at random where there are many; here all of them count.
+    The authors draw a part of the pairs at random where there are many; here all of them count. Distances come from dot
+    products: torch's `pdist` would, for its gradient on a GPU, take the room of N times the matrix of N draws.
     """
     draws_ND = torch.cat((image_sets.flatten(0, 1), text_sets.flatten(0, 1)))
-    return (-2 * F.pdist(draws_ND).square()).logsumexp(0) - math.log(len(draws_ND) * (len(draws_ND) - 1) / 2)
+    lengths_N = draws_ND.square().sum(1)
+    squared_NN = (lengths_N[:, None] + lengths_N - 2 * draws_ND @ draws_ND.T).clamp(min=0)
+    is_pair_NN = torch.ones_like(squared_NN, dtype=torch.bool).triu(1)
+    closeness = (-2 * squared_NN).masked_fill(~is_pair_NN, -math.inf).flatten().logsumexp(0)
+    return closeness - math.log(len(draws_ND) * (len(draws_ND) - 1) / 2)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

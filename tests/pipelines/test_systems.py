@@ -12,9 +12,11 @@ import torch
 from numpy.testing import assert_allclose
 
 from setwise.models.config import ModelConfig
+from setwise.models.set_prediction import SetEmbedding
 from setwise.pipelines import evaluate, export, gallery, index, prepare, ranking, recipe, search, trained_model
 from setwise.pipelines.recipe import Recipe
 from setwise.pipelines.references import Reference
+from setwise.pipelines.retrieval import Retrieval
 from setwise.platform import config
 from setwise.platform.errors import ConfigError
 from tiny import TINY_MODEL
@@ -131,3 +133,20 @@ def test_every_value_says_where_it_is_from(name: str) -> None:
 def test_parts_that_do_not_go_together_are_refused(overrides: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         recipe.load("digits_cnn_bigru", overrides)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_batch_without_a_caption_or_without_an_image_is_refused_by_every_loss(name: str) -> None:
+    system = trained_model.untrained(smaller(name), 20)
+    assert isinstance(system, Retrieval)
+    images = system.retriever.encode_images(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    texts = system.retriever.encode_texts(torch.ones(3, 4, dtype=torch.long), torch.tensor([4, 4, 1]))
+    none = torch.zeros(0, dtype=torch.long)
+    for sides, owners in (
+        ((images, SetEmbedding(*(None if part is None else part[:0] for part in texts))), none),
+        ((SetEmbedding(*(None if part is None else part[:0] for part in images)), texts), torch.zeros(3).long()),
+    ):
+        with pytest.raises(ValueError, match="there is nothing to compare"):
+            system.loss(*sides, owners, 3.0)
+    with pytest.raises(ValueError, match="owners must be a vector"):
+        system.loss(images, texts, none, 3.0)
