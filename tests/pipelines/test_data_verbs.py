@@ -74,6 +74,8 @@ def test_a_file_instead_of_a_folder_is_called_one(tmp_path: Path) -> None:
     assert isinstance(result.exception, DataError) and "is a file. Name the folder" in str(result.exception)
 
 
+@pytest.mark.ray
+@pytest.mark.driver
 def test_a_table_in_utf_16_is_said_to_be_no_utf_8(tmp_path: Path) -> None:
     any_folder(tmp_path)
     table = tmp_path / "captions.csv"
