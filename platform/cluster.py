@@ -24,6 +24,7 @@ ANSWER_S = 30
 REPORT_INTERVAL_S = "0.1"
 
 
+WHERE_A_TOKEN_GOES = "Put the cluster's into ~/.ray/auth_token (chmod 600), or name its file in RAY_AUTH_TOKEN_PATH"
 ACCELERATOR = "ray.io/accelerator-type"
 GROUP = "ray.io/node-group"
 
@@ -70,8 +71,7 @@ def connect(cpus: int | None = None, object_store_bytes: int = 512 * 2**20) -> I
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except AuthenticationError as error:
         raise UnreachableError(
-            f"the Ray cluster at {address} asks for a token that is not here. Put the cluster's into ~/.ray/auth_token "
-            "(chmod 600), or name its file in RAY_AUTH_TOKEN_PATH"
+            f"the Ray cluster at {address} asks for a token that is not here. {WHERE_A_TOKEN_GOES}"
         ) from error
     except (OSError, RuntimeError) as error:
         raise UnreachableError(f"no Ray cluster at {address}: {error}") from error

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from setwise.platform.cluster import WHERE_A_TOKEN_GOES
 from setwise.platform.errors import INTERRUPTED, ConfigError, SetwiseError, UnreachableError
 from setwise.platform.masking import SECRET_NAME, holds_secret
 
@@ -201,10 +202,7 @@ def connect(address: str | None = None) -> Jobs:
     url = address.rstrip("/")
     mode = str(ask(url, "/api/authentication_mode").get("authentication_mode", "disabled"))
     if mode == "token" and not token():
-        raise UnreachableError(
-            f"{url} asks for a token and there is none here. Put the cluster's into ~/.ray/auth_token (chmod 600), "
-            "or name its file in RAY_AUTH_TOKEN_PATH"
-        )
+        raise UnreachableError(f"{url} asks for a token and there is none here. {WHERE_A_TOKEN_GOES}")
     answer = ask(url, "/api/v0/cluster_metadata")
     metadata = answer.get("data") or {}
     compare_versions(url, str(metadata.get("pythonVersion", "")), str(metadata.get("rayVersion", "")))
