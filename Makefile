@@ -13,10 +13,10 @@ demo: $(INSTALLED)  ## prepare, sweep, track, evaluate, compare, promote, search
 	@$(BIN)/setwise demo
 
 test: $(INSTALLED)  ## install and run every test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-faults: $(INSTALLED)  ## inject every fault for real; prints one line a fault: injected, recovered, lost
-	@$(BIN)/python -m pytest -q tests/faults
+	@SETWISE_CHAOS_KILLS=10 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/faults
 
 check: $(INSTALLED) .typecheck  ## lint, formatting, strict types
 	@$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import own_process
+from fault import pytest_terminal_summary  # noqa: F401  # a hook
 from own_process import pytest_runtest_logreport, pytest_runtest_protocol  # noqa: F401  # hooks
 from servers import BUCKET, S3Server, s3_server
 from setwise.pipelines import prepare, recipe

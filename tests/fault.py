@@ -1,8 +1,13 @@
-"""A fault that a test injects, and the line that says what came of it; tests/faults/conftest.py prints these lines."""
+"""A fault that a test injects, and the line that says what came of it, printed after all tests."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+import pytest
+
+LINE = "fault"
+"""The property of a test's last report that holds its line: reports also come from other processes."""
 
 
 @dataclass
@@ -39,3 +44,13 @@ class Fault:
         if not self.failed:
             return f"{self.name}: {said}"
         return f"{self.name}: FAILED, {f'after: {said}' if said else 'before anything was injected'}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for all_of_a_kind in terminalreporter.stats.values() for report in all_of_a_kind]
+    ended = [report for report in reports if getattr(report, "when", None) == "teardown"]
+    lines = [str(line) for report in ended for name, line in report.user_properties if name == LINE]
+    if lines:
+        terminalreporter.section("faults")
+        for line in lines:
+            terminalreporter.line(line)

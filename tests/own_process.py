@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -97,7 +98,7 @@ def run_apart(items: list[pytest.Item]) -> Reports:
         if not left:
             return known
         output = f"the process ended with exit code {ended.returncode}\n{ended.stdout[-4000:]}"
-        config.get_terminal_writer().line(f"\n{next(iter(left))}: {output}")
+        warnings.warn(f"{next(iter(left))}: {output}", stacklevel=1)
     for name, item in left.items():
         known[name] = [pytest.TestReport(name, item.location, {}, "failed", output, "call")]
     return known

@@ -1,4 +1,4 @@
-"""Fault tests say what they did: one line a fault, after the tests.
+"""Fault tests say what they did: one line a fault, after the tests (fault.py prints them).
 
     worker_killed_in_mid_epoch: injected SIGKILL of rank 1 at step 7; recovered in 9 s; lost 2 steps, done again
 
@@ -14,26 +14,21 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from fault import Fault
+from fault import LINE, Fault
 
-_FAULTS = pytest.StashKey[list[Fault]]()
 _PASSED = pytest.StashKey[bool]()
 _SKIPPED = pytest.StashKey[str]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_FAULTS] = []
 
 
 @pytest.fixture
 def fault(request: pytest.FixtureRequest) -> Iterator[Fault]:
     made = Fault(request.node.name.removeprefix("test_"), failed=True)
-    request.config.stash[_FAULTS].append(made)
     yield made
     made.not_run = request.node.stash.get(_SKIPPED, None)
-    if request.node.stash.get(_PASSED, False):
-        assert not made.unsaid, f"the test passed and did not say: {', '.join(made.unsaid)}"
-        made.failed = False
+    passed = request.node.stash.get(_PASSED, False)
+    made.failed = not passed or bool(made.unsaid)
+    request.node.user_properties.append((LINE, made.line))
+    assert not passed or not made.unsaid, f"the test passed and did not say: {', '.join(made.unsaid)}"
 
 
 @pytest.hookimpl(wrapper=True)
@@ -46,10 +41,3 @@ def pytest_runtest_makereport(
         if call.excinfo is not None and report.skipped:
             item.stash[_SKIPPED] = str(call.excinfo.value)
     return report
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if config.stash[_FAULTS]:
-        terminalreporter.section("faults")
-        for one in config.stash[_FAULTS]:
-            terminalreporter.line(one.line)
