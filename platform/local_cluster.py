@@ -38,6 +38,8 @@ def started(cpus: int | None, object_store_bytes: int) -> Iterator[None]:
 
     _private_token()
     os.environ.setdefault("RAY_health_check_failure_threshold", str(UNANSWERED))
+    # Nobody gives notice to the only node. What looks for it takes seconds to start, in every training.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     for attempt in range(ATTEMPTS):
         before = set(psutil.Process().children())
         try:

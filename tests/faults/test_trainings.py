@@ -390,9 +390,9 @@ space:
 
 
 def test_one_trial_out_of_memory(own_store: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trial that would need 50 GB. Ray's memory monitor ends its process once 4 GB more are in use than now."""
+    """A trial that would need 50 GB. Ray's memory monitor ends its process once 6 GB more are in use than now."""
     memory = psutil.virtual_memory()
-    limit = (memory.total - memory.available + 4 * 2**30) / memory.total
+    limit = (memory.total - memory.available + 6 * 2**30) / memory.total
     monkeypatch.setenv("RAY_memory_usage_threshold", f"{limit:.3f}")
     study = own_store / "study.yaml"
     study.write_text(OUT_OF_MEMORY)
