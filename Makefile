@@ -6,17 +6,18 @@ INSTALLED := .venv/.installed
 # uv writes byte code at installation: without it every Ray worker would compile each module again.
 export UV_COMPILE_BYTECODE := 1
 export UV_NO_PROGRESS := 1
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-faults check format install lock bench test-lowest clean
 
 demo: $(INSTALLED)  ## prepare, sweep, track, evaluate, compare, promote, search: the main job on embedded data
 	@$(BIN)/setwise demo
 
-test: $(INSTALLED)  ## install and run every test
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: $(INSTALLED)  ## install and run every test but the longest of faults
+	@$(BIN)/python -m pytest $(TWO) -m "not long"
 
 test-faults: $(INSTALLED)  ## inject every fault for real; prints one line a fault: injected, recovered, lost
-	@SETWISE_CHAOS_KILLS=10 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/faults
+	@SETWISE_CHAOS_KILLS=10 $(BIN)/python -m pytest -q tests/faults
 
 check: $(INSTALLED) .typecheck  ## lint, formatting, strict types
 	@$(BIN)/ruff check .
@@ -56,7 +57,7 @@ test-lowest:  ## the tests again, with the oldest versions that pyproject.toml a
 	@test -x $(BIN)/uv || $(MAKE) install
 	@test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	@$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e '.[dev]'
-	@.venv-lowest/bin/python -m pytest
+	@.venv-lowest/bin/python -m pytest $(TWO)
 
 clean:  ## remove what was installed; data, runs and studies in .setwise stay
 	rm -rf .venv .venv-lowest .typecheck build ./*.egg-info

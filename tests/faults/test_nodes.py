@@ -176,6 +176,7 @@ def test_a_node_lost_in_mid_epoch_is_replaced_by_a_spare_one(
     fault.lost(f"{EVERY} steps at most, done again; the last weights and all metrics are the undisturbed run's")
 
 
+@pytest.mark.long
 def test_a_node_that_is_taken_away_with_notice_costs_no_failure(
     nodes: Cluster, undisturbed: Training, store: Path, fault: Fault
 ) -> None:
@@ -202,6 +203,7 @@ def test_a_node_that_is_taken_away_with_notice_costs_no_failure(
     fault.lost("nothing, and no failure of those allowed")
 
 
+@pytest.mark.long
 def test_a_training_with_fewer_workers_than_it_wants_grows_when_a_node_comes(
     nodes: Cluster, store: Path, fault: Fault
 ) -> None:
@@ -238,6 +240,7 @@ def test_a_training_with_fewer_workers_than_it_wants_grows_when_a_node_comes(
     )
 
 
+@pytest.mark.long
 def test_a_lost_head_ends_the_command_and_the_same_command_goes_on(
     nodes: Cluster, undisturbed: Training, store: Path, fault: Fault
 ) -> None:

@@ -156,6 +156,7 @@ def test_workers_killed_in_mid_epoch(own_store: Path, calm: Calm, fault: Fault) 
     fault.lost(f"at most {EVERY} steps a death; metrics and weights are those of two undisturbed workers")
 
 
+@pytest.mark.long
 def test_driver_killed_in_mid_epoch(own_store: Path, calm: Calm, fault: Fault) -> None:
     command = Command(own_store, "driver")
     passed = command.passes("epoch_0000_step_000010")
@@ -169,6 +170,7 @@ def test_driver_killed_in_mid_epoch(own_store: Path, calm: Calm, fault: Fault) -
     fault.lost(f"at most {EVERY} steps; metrics and weights are those of the undisturbed training")
 
 
+@pytest.mark.long
 def test_preempted_with_sigterm(own_store: Path, calm: Calm, fault: Fault) -> None:
     command = Command(own_store, "preempted")
     command.passes("epoch_0001_step_000005")
@@ -328,6 +330,7 @@ def test_storage_full(store: Path, tmp_path: Path, calm: Calm, fault: Fault) -> 
     )
 
 
+@pytest.mark.long
 def test_storage_read_only(store: Path, tmp_path: Path, calm: Calm, fault: Fault) -> None:
     disk = tmp_path / "disk"
     with small_disk(disk, "50m"):
@@ -351,6 +354,7 @@ def test_storage_read_only(store: Path, tmp_path: Path, calm: Calm, fault: Fault
     fault.lost(f"at most {EVERY} steps; metrics and weights as undisturbed")
 
 
+@pytest.mark.long
 def test_mlflow_down(
     own_store: Path, calm: Calm, fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,6 +393,7 @@ space:
 """
 
 
+@pytest.mark.long
 def test_one_trial_out_of_memory(own_store: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial that would need 50 GB. Ray's memory monitor ends its process once 6 GB more are in use than now."""
     memory = psutil.virtual_memory()
