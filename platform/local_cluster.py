@@ -37,9 +37,15 @@ def started(cpus: int | None, object_store_bytes: int) -> Iterator[None]:
     import ray
 
     _private_token()
-    os.environ.setdefault("RAY_health_check_failure_threshold", str(UNANSWERED))
-    # Nobody gives notice to the only node. What looks for it takes seconds to start, in every training.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    environment = {
+        "RAY_health_check_failure_threshold": str(UNANSWERED),
+        # Processes that take seconds to start, and that nothing here has a use for: a watcher for notice given to the
+        # only node, and one worker a CPU in advance, of another environment than Ray Train asks for.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_prestart_worker_first_driver": "0",
+    }
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
     for attempt in range(ATTEMPTS):
         before = set(psutil.Process().children())
         try:
