@@ -36,7 +36,8 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_a_node_that_dies_ends_the_command_which_says_so(folder: str) -> None:
     ended = subprocess.run([sys.executable, "-c", DYING], capture_output=True, text=True, timeout=120)
     assert ended.returncode == UnreachableError.exit_code == 6
-    assert "error: Ray's node on this machine died (ended by signal 9, Killed; its logs are in " + folder in ended.stderr
+    told = f"error: Ray's node on this machine died (ended by signal 9, Killed; its logs are in {folder}"
+    assert told in ended.stderr
     assert "The same command goes on" in ended.stderr and "Traceback" not in ended.stderr
 
 
