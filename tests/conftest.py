@@ -21,6 +21,11 @@ from setwise.platform import local_cluster
 from tiny import TINY_MODEL, write_serially
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first, so that two processes that take file after file end together."""
+    items.sort(key=lambda item: item.get_closest_marker("end_to_end") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One thread, so that sums have one order; a home of its own, so that no user's file is read or written."""

@@ -10,7 +10,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from setwise.models.batch_loss import batch_loss
-from setwise.models.config import ModelConfig
 from setwise.models.set_prediction import SetEmbedding
 from setwise.pipelines import datasets, estimate, hardware, optimizer, prepare, recipe
 from setwise.pipelines.datasets import Source
@@ -42,27 +41,6 @@ def machine(memory_gib: float, **more: object) -> Preset:
 
 def planned(settings: recipe.Recipe, preset: Preset | None = None) -> estimate.Estimate:
     return estimate.estimate(settings, estimate.sizes(settings, NOWHERE), preset)
-
-
-RETRIEVERS = [name for name in recipe.names() if isinstance(recipe.load(name).model, ModelConfig)]
-
-
-@pytest.mark.parametrize("name", RETRIEVERS)
-def test_every_recipe_fits_every_preset_with_its_own_batch(name: str) -> None:
-    plain = recipe.load(name)
-    of = estimate.sizes(plain, NOWHERE)
-    for on in hardware.names():
-        preset, _ = hardware.load(on)
-        there = estimate.fitted(hardware.load_recipe(name, on=on), of, preset)
-        found = estimate.estimate(there, of, preset)
-        assert found.fits, on
-        assert 0 < found.memory.total < 0.9 * preset.memory_gib * GIB
-        assert there.train.batch_size == plain.train.batch_size
-        assert found.steps == planned(plain).steps
-        assert there.train.micro_batch is None or there.train.micro_batch < estimate.share_of(there)
-        assert found.seconds is not None and found.seconds > 0
-        without = {"train": {*hardware.HOW, "accelerators"}}
-        assert there.model_dump(exclude=without) == plain.model_dump(exclude=without)
 
 
 def test_a_smaller_card_takes_smaller_pieces_and_no_smaller_batch() -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from setwise.models.config import ModelConfig
-from setwise.pipelines import cli, hardware, plan, recipe
+from setwise.pipelines import cli, estimate, hardware, plan, recipe
+from setwise.pipelines.estimate import GIB
+from setwise.pipelines.recipe import Recipe
 from setwise.platform.errors import ConfigError, DataError
 
 
@@ -113,7 +115,7 @@ def test_config_show_lays_a_preset_over_a_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", recipe.names())
-def test_every_recipe_dry_runs_from_the_command_line(
+def test_every_recipe_dry_runs_and_fits_everywhere(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train", name, "--on", "a100x2", "--dry-run", "--json", "--store", str(tmp_path)]
@@ -126,3 +128,21 @@ def test_every_recipe_dry_runs_from_the_command_line(
         return
     assert told["fits"]
     assert min(told["hours"], told["checkpoint_bytes"], *told["flops_per_step"].values()) >= 0
+    fits_every_preset_with_its_own_batch(recipe.load(name), name, told["steps"])
+
+
+def fits_every_preset_with_its_own_batch(plain: Recipe, name: str, steps: int) -> None:
+    """In the test above, since counting a model's operations takes seconds and is remembered."""
+    of = estimate.sizes(plain, Path("/nowhere"))
+    for on in hardware.names():
+        preset, _ = hardware.load(on)
+        there = estimate.fitted(hardware.load_recipe(name, on=on), of, preset)
+        found = estimate.estimate(there, of, preset)
+        assert found.fits, on
+        assert 0 < found.memory.total < 0.9 * preset.memory_gib * GIB
+        assert there.train.batch_size == plain.train.batch_size
+        assert found.steps == steps
+        assert there.train.micro_batch is None or there.train.micro_batch < estimate.share_of(there)
+        assert found.seconds is not None and found.seconds > 0
+        without = {"train": {*hardware.HOW, "accelerators"}}
+        assert there.model_dump(exclude=without) == plain.model_dump(exclude=without)
