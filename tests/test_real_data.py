@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +10,11 @@ import numpy as np
 import pytest
 
 import trees
+from commands import setwise
 from setwise.pipelines import datasets, evaluate
 from setwise.platform.run import Run
 
 pytestmark = pytest.mark.end_to_end
-SETWISE = Path(sys.executable).parent / "setwise"
 SMALL = (
     *("model.embed_size=16", "model.set_prediction.head_dim=4", "model.set_prediction.iterations=2"),
     *("model.text_encoder.word_dim=8", "train.epochs=2", "train.batch_size=8", "train.precision=fp32"),
@@ -28,15 +25,6 @@ PIXELS = (
     *("data.image_size=64", "data.eval_shorter_side=72"),
 )
 REGIONS = ("model.image_encoder.feature_dim=16",)
-
-
-def setwise(store: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "SETWISE_STORE": str(store), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
-    done = subprocess.run(
-        [SETWISE, *arguments], env=environment, capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == code, f"{arguments} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
 
 
 def answer(store: Path, *arguments: str) -> Any:

@@ -203,8 +203,8 @@ def _epochs(training: run.Run) -> list[dict[str, object]]:
 
 def test_a_sweep_killed_many_times(sweep: Sweep, fault: Fault) -> None:
     count = {what: KILLS.count(what) for what in ("driver", "worker", "cluster")}
-    said = f"{count['driver']} times the driver, {count['worker']} a worker, {count['cluster']} all of Ray"
-    fault.injected(f"SIGKILL of {said}, at random moments of a sweep of {TRIALS} trials")
+    said = f"of the driver ({count['driver']}), workers ({count['worker']}) and all of Ray ({count['cluster']})"
+    fault.injected(f"SIGKILL {said}, at random moments of a sweep of {TRIALS} trials")
     finished = [trial for trial in references.trials_of(NAME, sweep.store) if trial.status == "FINISHED"]
     assert len(finished) == TRIALS
     fault.recovered("by the same command each time")

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -19,6 +18,7 @@ import optuna
 import pytest
 import torch
 
+from commands import start
 from populations import LAST_EPOCH, SPACE, study_file, values_of
 from setwise.pipelines import recipe, references, train
 from setwise.pipelines.recipe import Recipe
@@ -163,16 +163,9 @@ def test_a_damaged_donor_is_not_copied(trained: tuple[Path, Recipe], tmp_path: P
 # The whole, with Ray
 
 
-SETWISE = Path(sys.executable).parent / "setwise"
-
-
 @contextlib.contextmanager
 def sweep(store: Path, spec: Path, name: str) -> Iterator[subprocess.Popen[str]]:
-    command = [SETWISE, "sweep", str(spec), "--name", name]
-    environment = {**os.environ, "SETWISE_STORE": str(store), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
+    with start(store, "sweep", str(spec), "--name", name) as process:
         try:
             yield process
         finally:
