@@ -24,7 +24,7 @@ from setwise.platform.tracking import Tracker
 from tiny import TINY_MODEL
 from trainings import digest, start, train_run, without_time
 
-pytestmark = [pytest.mark.ray, pytest.mark.end_to_end]
+pytestmark = [pytest.mark.ray, pytest.mark.end_to_end, pytest.mark.timeout(1500)]
 EPOCHS = 10
 EVERY = 10
 """Steps between two checkpoints, of 40 in an epoch."""
@@ -82,7 +82,7 @@ class Training:
         folders = (self.run.checkpoints, self.run.steps)
         return max((one.name for folder in folders for one in folder.glob("epoch_*")), default="")
 
-    def ends(self, code: int = 0, seconds: float = 180) -> None:
+    def ends(self, code: int = 0, seconds: float = 600) -> None:
         found = self.process.wait(seconds)
         assert found == code, f"'{self.name}' ended with {found}\n{self.log.read_text()[-4000:]}"
 
